@@ -1,0 +1,24 @@
+"""The pipeline, read top to bottom. Every pass is a plain function ``Program -> Program`` in a file of its own."""
+
+from __future__ import annotations
+
+from tpcompile.passes.axes import axes
+from tpcompile.passes.backward_all_reduces import backward_all_reduces
+from tpcompile.passes.canonicalize import canonicalize
+from tpcompile.passes.emit import emit
+from tpcompile.passes.forward_all_reduces import forward_all_reduces
+from tpcompile.passes.place import place
+from tpcompile.passes.structure import structure
+from tpcompile.program import Pass
+
+PIPELINE: tuple[Pass, ...] = (
+    canonicalize,  # fewer kinds of ops
+    structure,  # which dims are one index space
+    axes,  # which index spaces the spec cuts
+    place,  # a state per value and mesh axis
+    forward_all_reduces,  # partial sums that meet are reduced once
+    backward_all_reduces,  # a minimum cut decides where f stands
+    emit,  # one rank's code
+)
+
+__all__ = ["PIPELINE"]

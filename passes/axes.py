@@ -1,0 +1,300 @@
+"""Axes: from the spec's lines to atoms, from atoms to cuts, from cuts to the layout of every parameter.
+
+A ``column`` line cuts the index of its weight that reaches the output, ``vocab`` the vocabulary, and ``row`` asserts
+that the contracted index is one that a ``column`` line cut. Which atom of a fused or grouped index is cut (heads, kv
+heads, segments) is read off the structure; everything else that shares the atom is cut with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch.fx
+
+from tpcompile.errors import ShardingError, Where
+from tpcompile.layout import Layout, Leaf, Mesh, axes_of, concat, product
+from tpcompile.program import Cut, Program, where
+from tpcompile.rules import RULES, op_name
+from tpcompile.sentence import Sentence
+from tpcompile.spec import Claim
+from tpcompile.structure import Atom, Cat, Prod, Term, atoms, factors, find, segments, size
+
+
+@dataclass(frozen=True)
+class Use:
+    """Where a parameter is multiplied: the terms of its index that reaches the output, and of the one summed away."""
+
+    node: torch.fx.Node
+    column: Term | None
+    row: Term | None
+    table: bool  # an embedding: `row` is looked up, not summed
+
+
+def axes(program: Program) -> Program:
+    """Decide the cuts and lay every parameter out. Degree 1 cuts nothing."""
+    if program.degree == 1:
+        return program.with_(mesh=Mesh((1,)), parameters=_layouts(program, {}, frozenset()))
+    wanted: list[tuple[Claim, Term, Use]] = []
+    rows: list[tuple[Claim, Term, Use]] = []
+    for claim in program.claims:
+        if claim.word in ("replicate", "sequence"):
+            continue
+        for use, term in _terms(program, claim):
+            (rows if claim.word == "row" else wanted).append((claim, term, use))
+    wanted.sort(key=lambda item: -len(_candidates(item[1])))
+    plan: dict[int, tuple[Atom, int, int]] = {}  # atom id -> (atom, ranks before it, ranks it is cut over)
+    origin: dict[int, tuple[str, Claim]] = {}
+    for claim, term, use in wanted:
+        if any(id(a) in plan for a in atoms(term)):
+            continue
+        before = 1
+        for atom, over in _choose(program, claim, term, use):
+            plan[id(atom)] = (atom, before, over)
+            origin[id(atom)] = (claim.parameter, claim)
+            before *= over
+    _check_rows(program, rows, set(plan), wanted)
+    mesh = _mesh(program.degree, plan)
+    cut_axes = {key: _axes_between(mesh, before, before * over) for key, (_, before, over) in plan.items()}
+    whole = frozenset(c.parameter for c in program.claims if c.word == "replicate")
+    cuts = tuple(Cut(atom, cut_axes[key], origin[key][0], 0, origin[key][1]) for key, (atom, _, _) in plan.items())
+    return program.with_(mesh=mesh, cuts=cuts, parameters=_layouts(program, cut_axes, whole), whole=whole)
+
+
+def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
+    """The index that a line means, for every weight it claims (biases and norms have none of their own)."""
+    structure = program.structure
+    assert structure is not None
+    dims = structure.parameters.get(claim.parameter)
+    if dims is None or len(dims) < 2:
+        return
+    uses = list(uses_of(program, claim.parameter))
+    if not uses:
+        raise ShardingError(
+            f"`{claim.word}` claims {claim.parameter}, which is not the weight of a Linear or an Embedding",
+            where=claim.line.where,
+            why="no matrix product, convolution or lookup reads it",
+            help="remove it from the line, or say `replicate`",
+        )
+    for use in uses:
+        if claim.word == "vocab":
+            term = use.row if use.table else use.column
+        elif claim.word == "row":
+            term = None if use.table else use.row
+        else:
+            term = use.column
+        if term is not None:
+            yield use, term
+
+
+def uses_of(program: Program, parameter: str) -> Iterator[Use]:
+    """Every product or lookup that reads a parameter, directly or through transposes, casts and reshapes."""
+    structure = program.structure
+    assert structure is not None
+    pending = [n for n in program.graph.nodes if n.op == "get_attr" and n.target == parameter]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            rule = RULES.get(op_name(user)) if user.op == "call_function" else None
+            if rule is None or user in seen or user.name not in structure.values:
+                continue
+            call = program.call(user)
+            try:
+                sentence = rule.sentence(call)
+            except ValueError:
+                continue
+            index = call.operands.index(node)
+            if sentence.sums and len(call.operands) > 1:
+                seen.add(user)
+                yield _use(program, user, sentence, index)
+            elif len(call.operands) == 1 and not sentence.sums:
+                seen.add(user)
+                pending.append(user)
+
+
+def _use(program: Program, node: torch.fx.Node, sentence: Sentence, index: int) -> Use:
+    structure = program.structure
+    assert structure is not None
+    terms = structure.values[program.call(node).operands[index].name][0]
+    others = {x for i, labels in enumerate(sentence.operands) if i != index for x in labels}
+    results = {x for labels in sentence.results for x in labels}
+    column = [t for x, t in zip(sentence.operands[index], terms, strict=True) if x in results and x not in others]
+    row = [t for x, t in zip(sentence.operands[index], terms, strict=True) if x not in results]
+    table = not any(x in others for x in sentence.operands[index] if x not in results)
+    return Use(node, column[-1] if column else None, row[0] if row else None, table)
+
+
+def _candidates(term: Term) -> list[Atom]:
+    """Atoms that may be cut, outermost first; in a concatenation those that all segments share come first."""
+    found: dict[int, Atom] = {}
+
+    def walk(t: Term) -> None:
+        t = find(t)
+        match t:
+            case Atom():
+                if t.size > 1:
+                    found.setdefault(id(t), t)
+            case Prod():
+                for f in factors(t):
+                    walk(f)
+            case Cat():
+                parts = segments(t)
+                shared = [a for a in atoms(parts[0]) if all(any(b is a for b in atoms(p)) for p in parts[1:])]
+                for a in shared:
+                    walk(a)
+                for p in parts:
+                    walk(p)
+
+    walk(term)
+    return list(found.values())
+
+
+def _choose(program: Program, claim: Claim, term: Term, use: Use) -> list[tuple[Atom, int]]:
+    """Atoms of ``term`` to cut and over how many ranks each, outermost first; they multiply to the degree."""
+    everything = _candidates(term)
+    free = everything if claim.word == "vocab" else [a for a in everything if not a.pins]
+    if not free:
+        pin = next((p for a in everything for p in a.pins), None)
+        raise ShardingError(
+            f"{claim.parameter} cannot be cut `{claim.word}`: the axis of {' * '.join(str(a.size) for a in everything)} "
+            "positions meets an op that needs it whole",
+            where=where(pin.node) if pin else claim.line.where,
+            why=(pin.reason if pin else "the axis has one position") + f"; the line is {_line(claim)}",
+            help=f"say `replicate` for {claim.module}, or cut another axis",
+        )
+    chosen = divide([a.size for a in free], program.degree)
+    if chosen is None:
+        legal = [t for t in range(1, 129) if divide([a.size for a in free], t) is not None]
+        names = " x ".join(str(a.size) for a in free)
+        raise ShardingError(
+            f"{claim.parameter} cannot be cut over {program.degree} ranks",
+            where=claim.line.where,
+            why=f"its axis has {names} positions that may be cut, and every rank needs at least one",
+            help=f"use a degree of {', '.join(map(str, legal[:12]))}" + (", ..." if len(legal) > 12 else ""),
+        )
+    if claim.by is not None:
+        sizes = [free[i].size for i, _ in chosen]
+        if claim.by not in {sizes[0], math.prod(sizes), math.prod(a.size for a in free)}:
+            raise ShardingError(
+                f"the spec says {claim.by} units, the graph shows {sizes[0]}",
+                where=claim.line.where,
+                why=f"{claim.parameter} is used as {' x '.join(str(a.size) for a in everything)}",
+                help=f"write `by {sizes[0]}`, or leave `by` out: the count is read off the graph",
+            )
+    return [(free[i], over) for i, over in chosen]
+
+
+def divide(sizes: Sequence[int], degree: int) -> list[tuple[int, int]] | None:
+    """Which of the nested index sizes to cut over how many ranks: ``[(index, ranks)]``, or None.
+
+    Even cuts first: the outermost index alone, then the outermost by its common divisor with the degree and the next
+    one by the rest (kv heads below the degree: 4 = 2 * 2). Else an uneven cut of one index, outermost first.
+    """
+    if degree == 1:
+        return [(0, 1)]
+    for i, n in enumerate(sizes[:1]):
+        if n % degree == 0:
+            return [(i, degree)]
+    if len(sizes) > 1:
+        common = math.gcd(sizes[0], degree)
+        if sizes[1] % (degree // common) == 0:
+            return [(1, degree)] if common == 1 else [(0, common), (1, degree // common)]
+    for i, n in enumerate(sizes[:2]):
+        if n >= degree:
+            return [(i, degree)]
+    return None
+
+
+def _mesh(degree: int, plan: dict[int, tuple[Atom, int, int]]) -> Mesh:
+    """The coarsest grid whose axes every cut is a run of."""
+    marks = sorted({m for _, before, over in plan.values() for m in (before, before * over)} | {1, degree})
+    for low, high in zip(marks, marks[1:], strict=False):
+        if high % low:
+            raise ShardingError(
+                f"the cuts ask for factors {low} and {high} of {degree} ranks at once",
+                why="head counts of different blocks factor the degree in ways that do not nest",
+                help="use another degree, or `replicate` one of the blocks",
+            )
+    return Mesh(tuple(high // low for low, high in zip(marks, marks[1:], strict=False)) or (degree,))
+
+
+def _axes_between(mesh: Mesh, low: int, high: int) -> tuple[int, ...]:
+    before = [math.prod(mesh.sizes[:a]) for a in range(len(mesh.sizes))]
+    return tuple(a for a in mesh.axes if low <= before[a] < high)
+
+
+def _layouts(
+    program: Program, cut_axes: dict[int, tuple[int, ...]], whole: frozenset[str]
+) -> dict[str, tuple[Layout, ...]]:
+    structure = program.structure
+    assert structure is not None
+
+    def layout(term: Term) -> Layout:
+        term = find(term)
+        match term:
+            case Atom():
+                return Leaf(term.size, cut_axes.get(id(term), ()))
+            case Prod():
+                return product(layout(f) for f in factors(term))
+            case Cat():
+                return concat(layout(p) for p in segments(term))
+
+    found: dict[str, tuple[Layout, ...]] = {}
+    for name, dims in structure.parameters.items():
+        if name not in program.captured.parameters:
+            continue
+        found[name] = tuple(Leaf(size(t)) if name in whole else layout(t) for t in dims)
+        for i, a in enumerate(found[name]):
+            for b in found[name][i + 1 :]:
+                if axes_of(a) & axes_of(b):
+                    raise ShardingError(
+                        f"two dims of {name} ({a} and {b}) would be cut over the same ranks",
+                        where=Where(module=name.rpartition(".")[0] or None),
+                        why="both index spaces are tied to one that the spec cuts",
+                        help=f"say `replicate` for {name}, or remove one of the lines that cut it",
+                    )
+    return found
+
+
+def _check_rows(
+    program: Program, rows: list[tuple[Claim, Term, Use]], cut: set[int], wanted: list[tuple[Claim, Term, Use]]
+) -> None:
+    structure = program.structure
+    assert structure is not None
+    claimed = {claim.parameter for claim, _, _ in wanted}
+    for claim, term, use in rows:
+        space = atoms(term)
+        if any(id(a) in cut for a in space):
+            continue
+        partners = sorted(
+            name
+            for name, dims in structure.parameters.items()
+            if name != claim.parameter
+            and name in program.captured.parameters
+            and len(dims) > 1
+            and any(a is b for d in dims for a in atoms(d) for b in space)
+        )
+        pin = next((p for a in space for p in a.pins), None)
+        if partners and not claimed & set(partners):
+            raise ShardingError(
+                f"`row` line without its `column` partner: {claim.parameter}",
+                where=claim.line.where,
+                why=f"its inner axis comes from {', '.join(partners[:4])}, which no line cuts `column`",
+                help="add: " + "  ".join(dict.fromkeys(p.rpartition(".")[0] or p for p in partners[:4])) + "  column",
+            )
+        raise ShardingError(
+            f"`row` does not hold: the inner axis of {claim.parameter} is not one that a `column` line cuts",
+            where=where(pin.node) if pin else claim.line.where,
+            why=(pin.reason if pin else f"no parameter shares its {size(term)} positions") + f"; {_line(claim)}",
+            help="name the Linear before it with `column`, or remove the `row` line",
+        )
+
+
+def _line(claim: Claim) -> str:
+    place = claim.line.where
+    return f"{place.file}:{place.line}" if place is not None else claim.word
+
+
+__all__ = ["Use", "axes", "divide", "uses_of"]

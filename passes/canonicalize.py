@@ -1,0 +1,281 @@
+"""Canonical form: fewer kinds of ops, so that fewer rules say the same. The graph still computes what it did.
+
+Biases become additions of their own (a row bias is added after the sum), in-place ops become ordinary ones where no
+alias can tell, a pick by constant indices becomes a slice, fused attention with dropout or grouped heads is written
+out, and ops that do nothing go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+
+from tpcompile.program import Program, copy_graph
+from tpcompile.rules import op_name
+from tpcompile.sentence import argument, is_tensor
+
+aten = torch.ops.aten
+Rewrite = Callable[["_Site"], torch.fx.Node | None]
+
+
+class _Site:
+    """A node being rewritten: builds its replacement in front of it, with metadata and fake values carried along."""
+
+    def __init__(self, program: Program, graph: torch.fx.Graph, node: torch.fx.Node):
+        self.program, self.graph, self.node = program, graph, node
+
+    def arg(self, name: str) -> Any:
+        return argument(self.node, name)
+
+    def size(self, value: Any) -> int:
+        return self.program.captured.size(value.meta["val"] if isinstance(value, torch.fx.Node) else value)
+
+    def shape(self, node: torch.fx.Node) -> tuple[int, ...]:
+        return self.program.shape(node)
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        """A new node before the old one; its value is computed on fake tensors."""
+        made = self.graph.call_function(target, args, kwargs)
+        made.meta = {k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta")}
+        value = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with torch.no_grad():
+            made.meta["val"] = target(*value[0], **value[1])  # pyright: ignore[reportIndexIssue]
+        return made
+
+    def constant(self, node: Any) -> torch.Tensor | None:
+        """The value of a lifted constant, if the node is one."""
+        if isinstance(node, torch.fx.Node) and node.op == "get_attr":
+            return self.program.captured.constants.get(str(node.target))
+        if isinstance(node, torch.fx.Node) and op_name(node) in ("aten.lift_fresh_copy.default", "aten.detach_.default"):
+            return self.constant(node.args[0])
+        return None
+
+
+def _linear(site: _Site) -> torch.fx.Node | None:
+    bias = site.arg("bias")
+    if bias is None:
+        return None
+    return site.emit(aten.add.Tensor, site.emit(aten.linear.default, site.arg("input"), site.arg("weight")), bias)
+
+
+def _addmm(site: _Site) -> torch.fx.Node:
+    product = site.emit(aten.mm.default, site.arg("mat1"), site.arg("mat2"))
+    return _weighted_sum(site, product)
+
+
+def _baddbmm(site: _Site) -> torch.fx.Node:
+    return _weighted_sum(site, site.emit(aten.bmm.default, site.arg("batch1"), site.arg("batch2")))
+
+
+def _weighted_sum(site: _Site, product: torch.fx.Node) -> torch.fx.Node:
+    alpha, beta, addend = site.arg("alpha"), site.arg("beta"), site.arg("self")
+    if alpha != 1:
+        product = site.emit(aten.mul.Tensor, product, alpha)
+    if beta == 0:
+        return product
+    if beta != 1:
+        addend = site.emit(aten.mul.Tensor, addend, beta)
+    return site.emit(aten.add.Tensor, addend, product)
+
+
+def _dropout(site: _Site) -> torch.fx.Node | None:
+    return None if site.arg("train") and site.arg("p") != 0.0 else site.arg("input")
+
+
+def _slice(site: _Site) -> torch.fx.Node | None:
+    shape = site.shape(site.arg("self"))
+    same = shape == site.shape(site.node) and (site.arg("step") or 1) == 1
+    return site.arg("self") if same else None
+
+
+def _broadcast(site: _Site) -> torch.fx.Node:
+    return site.emit(aten.expand.default, site.arg("self"), site.arg("size"))
+
+
+def _same_shape(site: _Site) -> torch.fx.Node | None:
+    operand = site.node.args[0]
+    assert isinstance(operand, torch.fx.Node)
+    return operand if site.shape(operand) == site.shape(site.node) else None
+
+
+def _cast(site: _Site) -> torch.fx.Node | None:
+    before, after = site.node.args[0].meta["val"], site.node.meta["val"]  # type: ignore[union-attr]
+    if not op_name(site.node).startswith("aten.type_as") and argument(site.node, "copy"):
+        return None
+    return site.node.args[0] if (before.dtype, before.device) == (after.dtype, after.device) else None  # type: ignore[return-value]
+
+
+def _alias(site: _Site) -> torch.fx.Node | None:
+    return site.node.args[0]  # type: ignore[return-value]
+
+
+def _index(site: _Site) -> torch.fx.Node | None:
+    """``x[..., [i, i+1]]`` with constant consecutive indices is a slice."""
+    indices = list(site.arg("indices"))
+    used = [d for d, x in enumerate(indices) if x is not None]
+    if len(used) != 1:
+        return None
+    values = site.constant(indices[used[0]])
+    if values is None or values.dtype == torch.bool or values.dim() != 1 or not values.numel():
+        return None
+    n = site.shape(site.arg("self"))[used[0]]
+    picked = [int(v) % n for v in values.tolist()]
+    if picked != list(range(picked[0], picked[0] + len(picked))):
+        return None
+    return site.emit(aten.slice.Tensor, site.arg("self"), used[0], picked[0], picked[-1] + 1)
+
+
+def _attention(site: _Site) -> torch.fx.Node | None:
+    """Fused attention with dropout (its mask cannot be cut) or grouped heads, written out as the kernel's math path."""
+    q, k, v = (site.arg(x) for x in ("query", "key", "value"))
+    grouped = site.arg("enable_gqa") and site.shape(q)[-3] != site.shape(k)[-3]
+    p = site.arg("dropout_p")
+    if grouped:
+        times = site.shape(q)[-3] // site.shape(k)[-3]
+        k, v = (site.emit(aten.repeat_interleave.self_int, x, times, -3) for x in (k, v))
+    mask, causal, scale = site.arg("attn_mask"), site.arg("is_causal"), site.arg("scale")
+    if p == 0.0:
+        if not grouped:
+            return None
+        return site.emit(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, scale=scale)
+    if scale is None:
+        scale = 1 / math.sqrt(site.shape(q)[-1])
+    root = math.sqrt(scale)
+    q, k = site.emit(aten.mul.Scalar, q, root), site.emit(aten.mul.Scalar, k, root)
+    scores = site.emit(aten.matmul.default, q, site.emit(aten.transpose.int, k, -2, -1))
+    if causal:
+        rows, columns = (site.emit(aten.sym_size.int, x, -2) for x in (q, k))
+        device = site.node.meta["val"].device
+        ones = site.emit(aten.ones.default, [rows, columns], dtype=torch.bool, device=device)
+        mask = site.emit(aten.tril.default, ones)
+    if mask is not None and mask.meta["val"].dtype == torch.bool:
+        away = site.emit(aten.logical_not.default, mask)
+        scores = site.emit(aten.masked_fill.Scalar, scores, away, -math.inf)
+        mask = None
+    if mask is not None:
+        scores = site.emit(aten.add.Tensor, scores, mask)
+    weights = site.emit(aten.dropout.default, site.emit(aten.softmax.int, scores, -1), p, True)
+    return site.emit(aten.matmul.default, weights, v)
+
+
+REWRITES: dict[str, Rewrite] = {
+    "aten.linear.default": _linear,
+    "aten.addmm.default": _addmm,
+    "aten.baddbmm.default": _baddbmm,
+    "aten.dropout.default": _dropout,
+    "aten.feature_dropout.default": _dropout,
+    "aten.slice.Tensor": _slice,
+    "aten.expand.default": _same_shape,
+    "aten.broadcast_to.default": _broadcast,
+    "aten.to.dtype": _cast,
+    "aten.to.dtype_layout": _cast,
+    "aten.to.device": _cast,
+    "aten.type_as.default": _cast,
+    "aten.alias.default": _alias,
+    "aten.lift_fresh.default": _alias,
+    "aten.index.Tensor": _index,
+    "aten.scaled_dot_product_attention.default": _attention,
+}
+
+VIEWS = """aten.view.default aten.reshape.default aten.transpose.int aten.permute.default aten.t.default
+aten.slice.Tensor aten.select.int aten.unsqueeze.default aten.squeeze.dim aten.squeeze.dims aten.squeeze.default
+aten.expand.default aten.split.Tensor aten.split_with_sizes.default aten.chunk.default aten.unbind.int
+aten.detach.default aten.alias.default aten.flatten.using_ints aten.unflatten.int aten.contiguous.default
+aten.to.dtype aten.to.dtype_layout aten.to.device aten.type_as.default getitem""".split()
+
+
+def canonicalize(program: Program) -> Program:
+    """Rewrite the captured graph into canonical form."""
+    module, graph = copy_graph(program.graph_module)
+    _drop_mutation(graph)
+    for node in list(graph.nodes):
+        rewrite = REWRITES.get(op_name(node)) if node.op == "call_function" else None
+        if rewrite is None:
+            continue
+        with graph.inserting_before(node):
+            made = rewrite(_Site(program, graph, node))
+        if made is not None:
+            node.replace_all_uses_with(made)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return program.with_(graph_module=module)
+
+
+def _drop_mutation(graph: torch.fx.Graph) -> None:
+    """``x.add_(y)`` becomes ``x + y`` where nothing that shares x's memory is read afterwards."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not is_inplace(node):
+            continue
+        base = node.args[0]
+        functional = functional_overload(node)
+        family = _aliases(base) if isinstance(base, torch.fx.Node) else set[torch.fx.Node]()
+        outside = any(n.op in ("get_attr", "placeholder") for n in family)
+        earlier = [n for n in family if order[n] < order[node]]
+        later = [u for n in earlier for u in n.users if order[u] > order[node]]
+        ours = {u for u in later if all(a is base for a in u.all_input_nodes if a in earlier)}
+        if functional is None or outside or set(later) - ours:
+            continue
+        assert isinstance(base, torch.fx.Node)
+        made_meta = dict(node.meta)
+        with graph.inserting_before(node):
+            made = graph.call_function(functional, node.args, node.kwargs)
+        made.meta = made_meta
+        order[made] = order[node]
+        for user in ours:
+            user.replace_input_with(base, made)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+
+
+def is_inplace(node: torch.fx.Node) -> bool:
+    """Whether the op writes into its first tensor operand."""
+    target: Any = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target._schema.is_mutable
+        and is_tensor(node.args[0] if node.args else None)
+    )
+
+
+def functional_overload(node: torch.fx.Node) -> Any:
+    """``aten.add_.Tensor`` -> ``aten.add.Tensor``; None when there is no such op or results may change type."""
+    target: Any = node.target
+    name = target._schema.name.split("::")[-1]
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    packet = getattr(aten, name[:-1], None)
+    found = getattr(packet, target._overloadname, None) if packet is not None else None
+    first = node.args[0]
+    assert isinstance(first, torch.fx.Node)
+    if found is None or first.meta["val"].dtype != node.meta["val"].dtype:
+        return None
+    return found
+
+
+def _aliases(node: torch.fx.Node) -> set[torch.fx.Node]:
+    """Nodes that may share memory with ``node``: up through views to the base, then down again."""
+    base = node
+    while base.op == "call_function" and (op_name(base) in VIEWS or is_inplace(base)) and base.args:
+        parent = base.args[0]
+        if not isinstance(parent, torch.fx.Node):
+            break
+        base = parent
+    family = {base}
+    pending = [base]
+    while pending:
+        for user in pending.pop().users:
+            first = user.args[0] if user.args else None
+            if user not in family and user.op == "call_function" and first in family:
+                if op_name(user) in VIEWS or is_inplace(user):
+                    family.add(user)
+                    pending.append(user)
+    return family
+
+
+__all__ = ["canonicalize", "is_inplace"]

@@ -1,0 +1,271 @@
+"""Emission: the table becomes code. One rank's graph of plain tensors, local sizes and explicit transitions.
+
+Every transition is made once per value and target state (so Q, K and V share one backward all-reduce) and carries the
+module it serves. Arguments that differ between ranks are :class:`~tpcompile.per_rank.PerRank`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+
+from tpcompile import collectives
+from tpcompile.errors import ShardingError
+from tpcompile.layout import Layout, axes_of, drop, positions, relative_runs, whole_segments
+from tpcompile.localize import LocalCall, per_rank
+from tpcompile.passes.place import needs_grad
+from tpcompile.placement import Placement, uncut
+from tpcompile.program import Program, Row, where
+from tpcompile.rules import RULES, op_name
+
+
+def emit(program: Program) -> Program:
+    """Replace the graph by one rank's code. ``meta`` of a new node: ``placement``, ``origin`` (the old node's name)."""
+    return _Emitter(program).run()
+
+
+class _Emitter:
+    def __init__(self, program: Program):
+        self.program = program
+        self.mesh = program.mesh
+        self.graph = torch.fx.Graph()
+        self.grads = needs_grad(program)
+        self.env: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.made: dict[tuple[torch.fx.Node, Placement], torch.fx.Node] = {}
+
+    def run(self) -> Program:
+        for node in self.program.graph.nodes:
+            before = next(iter(reversed(self.graph.nodes)), None)
+            if node.op == "output":
+                self._output(node)
+                continue
+            self.env[node] = made = self._node(node)
+            self._describe(node, before)
+            row = self.program.table.get(node.name)
+            if row is not None and len(row.settled) == 1:
+                self._birth(node, made, row)
+        module = torch.fx.GraphModule(self.program.graph_module, self.graph)
+        return self.program.with_(graph_module=module, emitted=True)
+
+    # ------------------------------------------------------------------------------------------------ one node
+    def _node(self, node: torch.fx.Node) -> torch.fx.Node:
+        if node.op != "call_function":
+            return self.graph.node_copy(node, lambda n: self.env[n])
+        row = self.program.table.get(node.name)
+        if node.target is operator.getitem or row is None:
+            made = self.graph.node_copy(node, lambda n: self.env[n])
+            return self._whole_size(node, made) if op_name(node) == "aten.sym_size.int" else made
+        call = self.program.call(node)
+        operands = iter(
+            [self.place(x, want, node) for x, want in zip(call.operands, row.operands, strict=True)]
+        )
+        args, kwargs = self._substitute(node, operands)
+        rule = RULES.get(op_name(node))
+        if rule is None or not any(axes_of(d) for p in (*row.operands, *row.results) for d in p.dims):
+            return self._call(node, node.target, args, kwargs)
+        local = LocalCall(
+            call, rule.sentence(call), row.operands, row.results, self.mesh, self.graph, args, kwargs, node.target
+        )
+        if rule.kernel is not None and (made := rule.kernel(local)) is not None:
+            return made
+        if rule.localize is not None:
+            rule.localize(local)
+        return self._call(node, local.target, local.args, local.kwargs)
+
+    def _call(self, node: torch.fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.fx.Node:
+        return self.graph.create_node("call_function", target, tuple(args), kwargs, name=node.name)
+
+    def _substitute(self, node: torch.fx.Node, operands: Iterable[torch.fx.Node]) -> tuple[list[Any], dict[str, Any]]:
+        remaining = iter(operands)
+
+        def visit(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [visit(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+            if isinstance(value, torch.fx.Node):
+                return next(remaining) if isinstance(value.meta.get("val"), torch.Tensor) else self.env[value]
+            return value
+
+        return [visit(x) for x in node.args], {k: visit(x) for k, x in node.kwargs.items()}
+
+    def _whole_size(self, node: torch.fx.Node, made: torch.fx.Node) -> torch.fx.Node:
+        """``size`` of a cut dim, back to the whole: scalars stay global."""
+        source, dim = node.args
+        layout = self.program.table[source.name].settled[0].dims[dim]  # type: ignore[union-attr, index]
+        if not axes_of(layout):
+            return made
+        mine = [len(positions(layout, self.mesh, r)) for r in range(self.mesh.degree)]
+        whole = len(positions(drop(layout, self.mesh.axes), self.mesh, 0))
+        common = [int(np.gcd(n, whole)) for n in mine]
+        unit = self.graph.call_function(operator.floordiv, (made, per_rank([n // c for n, c in zip(mine, common, strict=True)])))
+        return self.graph.call_function(operator.mul, (unit, per_rank([whole // c for c in common])))
+
+    def _describe(self, node: torch.fx.Node, before: torch.fx.Node | None) -> None:
+        """Give every node made for ``node`` its metadata; the last one also its placement."""
+        row = self.program.table.get(node.name)
+        for made in reversed(self.graph.nodes):
+            if made is before:
+                break
+            if "origin" in made.meta:
+                continue
+            made.meta = {k: v for k, v in node.meta.items() if k != "tensor_meta"} | {"origin": node.name}
+            if row is not None:
+                made.meta["placement"] = row.results[0] if len(row.results) == 1 else row.results
+                made.meta["reason"] = row.reason
+
+    def _birth(self, node: torch.fx.Node, made: torch.fx.Node, row: Row) -> None:
+        """What happens to a value as soon as it exists: segments held whole get f, partial sums their all-reduce."""
+        if node.op == "get_attr" and node.name in self.grads:
+            for dim, layout in enumerate(row.results[0].dims):
+                for axis in sorted(axes_of(layout)):
+                    if whole_segments(layout, axis):
+                        made = self._copy_segments(node, made, dim, layout, axis)
+        self.made[node, row.results[0]] = made
+        if row.results[0] != row.settled[0]:
+            made = self.place(node, row.settled[0], node)
+        self.env[node] = made
+
+    def _copy_segments(self, node: torch.fx.Node, made: torch.fx.Node, dim: int, layout: Layout, axis: int) -> torch.fx.Node:
+        """f on the segments of a parameter that every rank along ``axis`` holds."""
+        runs: list[tuple[tuple[int, int], ...]] = []
+        for rank in range(self.mesh.degree):
+            group = next(g for g in self.mesh.groups([axis]) if rank in g)
+            mine = positions(layout, self.mesh, rank)
+            shared = mine
+            for other in group:
+                shared = np.intersect1d(shared, positions(layout, self.mesh, other))
+            at = np.searchsorted(mine, shared)
+            pieces = np.split(at, np.flatnonzero(np.diff(at) != 1) + 1)
+            runs.append(tuple((int(p[0]), len(p)) for p in pieces if len(p)))
+        new = self.graph.call_function(
+            collectives.copy_segments, (made, dim, per_rank(runs), self.mesh.group_name([axis]))
+        )
+        self._annotate(new, node, self.program.table[node.name].results[0], node)
+        return new
+
+    # ------------------------------------------------------------------------------------------------ transitions
+    def place(self, node: torch.fx.Node, want: Placement, user: torch.fx.Node) -> torch.fx.Node:
+        """The value of ``node`` in the state ``want``, through as few transitions as possible, each made once."""
+        have = self.program.table[node.name].settled[0]
+        if (node, have) not in self.made:
+            have = self.program.table[node.name].results[0]  # while settling
+        if node.name not in self.grads:  # without a gradient H and R are one state
+            want = want.with_letters([h if {h, w} == {"R", "H"} else w for h, w in zip(have.letters, want.letters, strict=True)])
+        current = have
+        for step in self._steps(node, have, want):
+            if (node, step) not in self.made:
+                self.made[node, step] = self._transition(node, current, step, user)
+            current = step
+        return self.made[node, current]
+
+    def _steps(self, node: torch.fx.Node, have: Placement, want: Placement) -> list[Placement]:
+        """Intermediate states, each one transition from the last."""
+        steps: list[Placement] = []
+        current = have
+
+        def go(axes: Iterable[int], letter: str, dims: tuple[Layout, ...] | None = None) -> None:
+            nonlocal current
+            chosen = set(axes)
+            if not chosen:
+                return
+            letters = [letter if a in chosen else x for a, x in enumerate(current.letters)]
+            current = Placement(tuple(letters), dims if dims is not None else current.dims)
+            steps.append(current)
+
+        def axes(source: str, target: str) -> list[int]:
+            return [a for a in self.mesh.axes if current.letters[a] == source and want.letters[a] == target]
+
+        def by_dim(found: list[int], dims: Sequence[Layout]) -> list[tuple[int, list[int]]]:
+            return [(d, [a for a in found if a in axes_of(x)]) for d, x in enumerate(dims) if set(found) & axes_of(x)]
+
+        for dim, over in by_dim(axes("P", "S"), want.dims):
+            go(over, "S", _with_dim(current.dims, dim, _only(want.dims[dim], axes_of(current.dims[dim]) | set(over))))
+        go([*axes("P", "R"), *axes("P", "H")], "R")
+        for target in "RH":
+            for dim, over in by_dim(axes("S", target), current.dims):
+                go(over, target, _with_dim(current.dims, dim, drop(current.dims[dim], over)))
+        go(axes("H", "R") + axes("H", "P"), "R")
+        # an f that exists already makes the cut free
+        shared = [a for a in axes("R", "S") if (node, _letter(current, a, "H")) in self.made]
+        go([*axes("R", "H"), *shared], "H")
+        for source in "RH":
+            for dim, over in by_dim(axes(source, "S"), want.dims):
+                go(over, "S", _with_dim(current.dims, dim, _only(want.dims[dim], axes_of(current.dims[dim]) | set(over))))
+        go(axes("R", "P"), "P")
+        if steps and current.letters != want.letters:
+            raise AssertionError(f"no way from {have} to {want} for {node.name}")
+        return steps
+
+    def _transition(self, node: torch.fx.Node, have: Placement, want: Placement, user: torch.fx.Node) -> torch.fx.Node:
+        changed = [a for a in self.mesh.axes if have.letters[a] != want.letters[a]]
+        source, target = have.letters[changed[0]], want.letters[changed[0]]
+        x, group = self.made[node, have], self.mesh.group_name(changed)
+        has_grad = node.name in self.grads
+        if source == "S":
+            dim = next(d for d, (a, b) in enumerate(zip(have.dims, want.dims, strict=True)) if a != b)
+            if any(whole_segments(have.dims[dim], a) for a in changed):
+                raise ShardingError(
+                    f"a value cut as {have.dims[dim]} would have to be gathered",
+                    where=where(user),
+                    why="some of its segments are cut and others are held whole",
+                    help="cut another axis, or `replicate` the block",
+                )
+            function = collectives.gather if target == "R" else collectives.all_gather
+            made = self.graph.call_function(function, (x, dim, self._parts(have, want, dim, changed), group))
+        elif target == "S":
+            dim = next(d for d, (a, b) in enumerate(zip(have.dims, want.dims, strict=True)) if a != b)
+            function = {"P": collectives.reduce_scatter, "R": collectives.scatter, "H": collectives.cut}[source]
+            if source == "R" and not has_grad:
+                function = collectives.cut
+            made = self.graph.call_function(function, (x, dim, self._parts(want, have, dim, changed), group))
+        else:
+            function = {
+                ("P", "R"): collectives.all_reduce,
+                ("R", "H"): collectives.copy,
+                ("R", "P"): collectives.once,
+                ("H", "R"): collectives.leave,
+            }[source, target]
+            made = self.graph.call_function(function, (x, group))
+        self._annotate(made, node, want, node if source == "P" else user)
+        return made
+
+    def _parts(self, cut: Placement, whole: Placement, dim: int, axes: Sequence[int]) -> Any:
+        """Runs of ``dim`` that each member of the group holds, in coordinates of the gathered dim."""
+        found: list[Any] = []
+        groups = self.mesh.groups(axes)
+        for rank in range(self.mesh.degree):
+            group = next(g for g in groups if rank in g)
+            found.append(tuple(relative_runs(cut.dims[dim], whole.dims[dim], self.mesh, m) for m in group))
+        return per_rank(found)
+
+    def _annotate(self, made: torch.fx.Node, value: torch.fx.Node, placed: Placement, user: torch.fx.Node) -> None:
+        made.meta = {k: v for k, v in user.meta.items() if k in ("module", "modules", "source", "no_grad")}
+        made.meta |= {"val": value.meta["val"], "placement": placed, "origin": value.name, "user": user.name}
+
+    def _output(self, node: torch.fx.Node) -> None:
+        def leave(value: Any) -> Any:
+            if isinstance(value, torch.fx.Node) and value.name in self.program.table:
+                return self.place(value, uncut(self.program.shape(value), self.mesh), value)
+            return self.env[value] if isinstance(value, torch.fx.Node) else value
+
+        self.graph.output(torch.fx.map_arg(node.args[0], leave))
+
+
+def _with_dim(dims: tuple[Layout, ...], dim: int, layout: Layout) -> tuple[Layout, ...]:
+    return (*dims[:dim], layout, *dims[dim + 1 :])
+
+
+def _only(layout: Layout, axes: Iterable[int]) -> Layout:
+    """The layout with only these axes cut."""
+    return drop(layout, axes_of(layout) - frozenset(axes))
+
+
+def _letter(placement: Placement, axis: int, letter: str) -> Placement:
+    return placement.with_letters([letter if a == axis else x for a, x in enumerate(placement.letters)])
+
+
+__all__ = ["emit"]

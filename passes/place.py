@@ -1,0 +1,182 @@
+"""Placement: one forward walk that gives every value a state per mesh axis, or refuses with the place and the reason.
+
+The result is a table (node -> operand states, result states, reason) that emission, reports, ``explain`` and
+``verify`` all read. Nothing is ever gathered silently: a cut value that meets an op which needs it whole is an error,
+unless the op's parameter is claimed ``replicate``; only the model's own outputs are gathered.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+
+from tpcompile.errors import ShardingError
+from tpcompile.layout import axes_of
+from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
+from tpcompile.program import Program, Row, where
+from tpcompile.passes.canonicalize import is_inplace
+from tpcompile.rules import RULES, op_name
+
+
+def place(program: Program) -> Program:
+    """Fill ``program.table``.
+
+    Raises:
+        ShardingError: a cut value meets an op that has no rule, or that needs the axis whole.
+    """
+    table: dict[str, Row] = {}
+    grads = needs_grad(program)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            table[node.name] = _given(uncut(program.shape(node), program.mesh), "an input: the same on every rank")
+        elif node.op == "get_attr" and isinstance(value, torch.Tensor):
+            table[node.name] = _attribute(program, node)
+        elif node.op == "call_function" and node.target is operator.getitem:
+            source = node.args[0]
+            if source.name in table and isinstance(value, torch.Tensor):
+                row, index = table[source.name], node.args[1]
+                table[node.name] = Row((), (row.results[index],), (row.settled[index],), row.reason)
+        elif node.op == "call_function" and isinstance(value, (torch.Tensor, tuple, list)):
+            table[node.name] = _settle(program, node, _solve(program, node, table), grads)
+        elif node.op == "call_function" and not _is_scalar_op(node):
+            _refuse_cut_inputs(node, table)
+    return program.with_(table=table)
+
+
+def needs_grad(program: Program) -> frozenset[str]:
+    """Names of values through which a gradient may flow (to a parameter or a floating-point input)."""
+    found: set[str] = set()
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, (tuple, list)):
+            floating = any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in value)
+        else:
+            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if not floating or node.meta.get("no_grad") or op_name(node) == "aten.detach.default":
+            continue
+        if node.op == "placeholder":
+            found.add(node.name)
+        elif node.op == "get_attr":
+            parameter = program.captured.parameters.get(str(node.target))
+            if parameter is not None and parameter.requires_grad:
+                found.add(node.name)
+        elif any(x.name in found for x in node.all_input_nodes):
+            found.add(node.name)
+    return frozenset(found)
+
+
+def _given(placement: Placement, reason: str) -> Row:
+    return Row((), (placement,), (placement,), reason)
+
+
+def _attribute(program: Program, node: torch.fx.Node) -> Row:
+    name = str(node.target)
+    dims = program.parameters.get(name)
+    if dims is None:
+        return _given(uncut(program.shape(node), program.mesh), "a buffer or constant: the same on every rank")
+    cuts = [f"dim {d} as {x}" for d, x in enumerate(dims) if axes_of(x)]
+    return _given(cut_as(dims, program.mesh), f"a parameter, cut along {', '.join(cuts)}" if cuts else "a parameter")
+
+
+def _is_scalar_op(node: torch.fx.Node) -> bool:
+    return op_name(node).startswith("aten.sym_") or not any(
+        isinstance(x.meta.get("val"), torch.Tensor) for x in node.all_input_nodes
+    )
+
+
+def _refuse_cut_inputs(node: torch.fx.Node, table: dict[str, Row]) -> None:
+    for operand in node.all_input_nodes:
+        row = table.get(operand.name)
+        if row is not None and not set(row.settled[0].letters) <= {"R", "H"}:
+            raise _no_rule(node)
+
+
+def _no_rule(node: torch.fx.Node) -> ShardingError:
+    return ShardingError(
+        f"a cut value reaches {op_name(node)}, which has no rule",
+        where=where(node),
+        why="what the op does to a cut axis is not known, and a guess could be silently wrong",
+        help=f'add a row for "{op_name(node)}" to the op rules (tpcompile/rules.py), or `replicate` the block',
+    )
+
+
+def _solve(program: Program, node: torch.fx.Node, table: dict[str, Row]) -> Solution:
+    call = program.call(node)
+    ins = [table[x.name].settled[0] for x in call.operands]
+    early = frozenset(a for name, a in program.early if name == node.name)
+    if any(x.op == "get_attr" and x.target in program.whole for x in call.operands) and any(
+        set(p.letters) - {"R", "H"} for p in ins
+    ):
+        # `replicate`: the op runs whole, its cut operands are gathered
+        whole = tuple(uncut(s, program.mesh) for s in call.shapes)
+        results = tuple(uncut(s, program.mesh) for s in call.results)
+        return Solution(whole, results, "its parameter is kept whole by the spec: operands are gathered")
+    rule = RULES.get(op_name(node))
+    cut = any(set(p.letters) & {"S", "P"} for p in ins)
+    if cut and is_inplace(node):
+        raise ShardingError(
+            f"{op_name(node)} writes into a cut value that is read again",
+            where=where(node),
+            why="an in-place op on memory that other values share cannot be cut safely",
+            help="write the line without the in-place form, or `replicate` the block",
+        )
+    if rule is None and not cut:
+        return _replicated(program, call.shapes, call.results, ins, early)
+    if rule is None:
+        raise _no_rule(node)
+    try:
+        sentence = rule.sentence(call)
+    except ValueError as error:
+        if not cut:
+            return _replicated(program, call.shapes, call.results, ins, early)
+        raise ShardingError(f"a cut value reaches {op_name(node)}", where=where(node), why=str(error)) from error
+    try:
+        return solve(sentence, ins, program.mesh, early=early, keep=_wants_partial(program, node))
+    except PlacementError as error:
+        raise _blocked(program, node, error) from error
+
+
+def _wants_partial(program: Program, node: torch.fx.Node) -> bool:
+    """Whether a partial sum may pass the op: it comes from a node whose partial sum is kept."""
+    return any(x.name in program.keep for x in node.all_input_nodes)
+
+
+def _replicated(
+    program: Program, shapes: tuple[Any, ...], results: tuple[Any, ...], ins: list[Placement], early: frozenset[int]
+) -> Solution:
+    letters = tuple(
+        "H" if a in early or any(p.letters[a] == "H" for p in ins) else "R" for a in program.mesh.axes
+    )
+    if not ins:
+        letters = tuple("R" for _ in letters)
+    operands = tuple(uncut(s, program.mesh).with_letters(letters) for s in shapes)
+    return Solution(operands, tuple(uncut(s, program.mesh).with_letters(letters) for s in results), "replicated")
+
+
+def _blocked(program: Program, node: torch.fx.Node, error: PlacementError) -> ShardingError:
+    lines = [c.claim.line.where for c in program.cuts if c.claim is not None]
+    asked = ", ".join(dict.fromkeys(f"{w.file}:{w.line}" for w in lines if w.file))
+    return ShardingError(
+        f"a cut axis meets {op_name(node)}, which cannot run on a part of it",
+        where=where(node),
+        why=str(error) + (f" (cuts come from {asked})" if asked else ""),
+        help=f"say `replicate` for the Linear that feeds {node.meta.get('module') or 'this op'}, or cut another axis",
+    )
+
+
+def _settle(program: Program, node: torch.fx.Node, solution: Solution, grads: frozenset[str]) -> Row:
+    """All-reduce partial sums at once unless they are kept; without a gradient H and R are the same."""
+    results = solution.results
+    if node.name not in grads:
+        results = tuple(p.with_letters(["R" if x == "H" else x for x in p.letters]) for p in results)
+    settled = results
+    if node.name not in program.keep:
+        settled = tuple(p.with_letters(["R" if x == "P" else x for x in p.letters]) for p in results)
+    return Row(solution.operands, results, settled, solution.reason)
+
+
+__all__ = ["needs_grad", "place"]

@@ -1,0 +1,418 @@
+"""The command ``tpcompile``: one verb for each question about a model, its spec and a degree.
+
+A verb computes an ``Answer`` (the same facts as a JSON document and as blocks for people); ``respond`` prints one of
+the two and turns what went wrong into an exit code. Exit codes: 0 ok, 1 the check failed, 2 the input is wrong,
+70 a defect of tpcompile. torch is imported by the verbs, not here: ``tpcompile --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import importlib.metadata
+import inspect
+import json as json_module
+import math
+import sys
+import traceback as traceback_module
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.console import Console
+
+from tpcompile.display import (
+    Block,
+    Table,
+    Verdict,
+    collectives_line,
+    collectives_table,
+    listing,
+    stage_diff,
+    time_text,
+    write,
+    write_error,
+)
+from tpcompile.errors import SpecError, TpcompileError
+
+if TYPE_CHECKING:
+    from tpcompile.models import Loaded
+    from tpcompile.program import Line, Program
+
+OK, FAILED, USAGE, DEFECT, INTERRUPTED = 0, 1, 2, 70, 130
+
+ModelText = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="hf:TYPE, hf:DIRECTORY, hf:CONFIG.json, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION; a function returns a "
+        "module, or (module, example inputs).",
+        show_default=False,
+    ),
+]
+SpecFile = Annotated[
+    str | None,
+    typer.Option(
+        "--spec", metavar="FILE", help="The .tpspec to use; by default the shipped one for the model's class."
+    ),
+]
+Degree = Annotated[int, typer.Option("--tp", metavar="N", min=1, help="The number of ranks.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an internal error.")]
+
+app = typer.Typer(
+    name="tpcompile",
+    help="Cut a PyTorch model across ranks, and prove that nothing else about it has changed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    # Its panels are drawn with box characters; those are for people only.
+    rich_markup_mode="rich" if sys.stdout.isatty() and sys.stderr.isatty() else None,
+)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    app()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verb found: ``document`` for programs, ``blocks`` for people; ``ok`` is False if a check failed."""
+
+    document: Mapping[str, object]
+    blocks: tuple[Block, ...]
+    ok: bool = True
+
+
+def respond(work: Callable[[], Answer], json: bool, traceback: bool) -> None:
+    """Do the work, print its answer or what went wrong, and exit.
+
+    Standard output carries the answer alone: what the model or a library prints meanwhile goes to standard error.
+
+    Raises:
+        typer.Exit: with the exit code, always.
+    """
+    stderr = Console(stderr=True, highlight=False)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            answer = work()
+        if json:
+            print_json(answer.document)
+        else:
+            write(Console(highlight=False), answer.blocks)
+        code = OK if answer.ok else FAILED
+    except TpcompileError as error:
+        if json:
+            print_json(error_document(error))
+        write_error(stderr, error)
+        if traceback and (notes := getattr(error, "__notes__", [])):  # a rank of `run` tells its own traceback there
+            write(stderr, notes)
+        code = USAGE
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise  # the reader of a pipe has left: typer ends quietly
+        if json:
+            print_json({"ok": False, "error": {"kind": "internal", "what": f"{type(error).__name__}: {error}"}})
+        write_error(stderr, internal_error(error, traceback))
+        code = DEFECT
+    raise typer.Exit(code)
+
+
+def print_json(document: Mapping[str, object]) -> None:
+    """Print one JSON document to standard output; JSON has no infinity and no NaN, they become strings."""
+    sys.stdout.write(json_module.dumps(finite(document), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: object) -> object:
+    """``value`` with every number that JSON does not have as its name: ``"inf"``, ``"nan"``."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case Mapping():
+            return {key: finite(item) for key, item in cast("Mapping[str, object]", value).items()}
+        case list() | tuple():
+            return [finite(item) for item in cast("Sequence[object]", value)]
+        case _:
+            return value
+
+
+def error_document(error: TpcompileError) -> Mapping[str, object]:
+    """An error for users as a JSON document."""
+    where = dataclasses.asdict(error.where) if error.where is not None else None
+    parts = {"what": error.what, "where": where, "why": error.why, "help": error.help}
+    return {"ok": False, "error": {"kind": type(error).__name__, **parts}}
+
+
+def internal_error(error: Exception, traceback: bool) -> TpcompileError:
+    """A defect of tpcompile, in the words of an error for users."""
+    trace = "".join(traceback_module.format_exception(error)).rstrip() if traceback else None
+    what = f"internal error: {type(error).__name__}: {error}".splitlines()[0]
+    ask = "please report it, with the command and its output under --traceback"
+    return TpcompileError(what, why=trace or "this is a defect of tpcompile, not of its input", help=ask)
+
+
+def load(model: str, weights: bool) -> Loaded:
+    """The model that MODEL names, with example inputs; on the meta device unless ``weights``."""
+    from tpcompile import models
+
+    return models.load(model, weights=weights)
+
+
+def example_inputs(loaded: Loaded) -> Mapping[str, object] | tuple[object, ...]:
+    """The example inputs in the form that the Python API takes: all by position, or all by name."""
+    if not loaded.kwargs:
+        return tuple(loaded.args)
+    bound = inspect.signature(loaded.model.forward).bind_partial(*loaded.args)
+    return {**bound.arguments, **loaded.kwargs}
+
+
+def rewritten(model: str, spec: str | None, degree: int) -> tuple[Loaded, Program]:
+    """The model that MODEL names, and its program for ``degree`` ranks."""
+    import tpcompile
+
+    loaded = load(model, weights=False)
+    return loaded, tpcompile.rewrite(loaded.model, spec, degree=degree, example_inputs=example_inputs(loaded))
+
+
+@app.command()
+def verify(
+    model: ModelText, spec: SpecFile = None, tp: Degree = 2, json: Json = False, traceback: Traceback = False
+) -> None:
+    """Prove that N ranks equal one device.
+
+    Outputs and every gradient are compared, in one process; on failure the first node that differs is named.
+    """
+
+    def work() -> Answer:
+        import tpcompile
+
+        loaded = load(model, weights=True)
+        report = tpcompile.verify(loaded.model, spec, degree=tp, example_inputs=example_inputs(loaded))
+        document = {
+            "ok": report.ok,
+            "model": loaded.label,
+            "degree": tp,
+            "output_error": report.output_error,
+            "gradient_error": report.gradient_error,
+            "mismatch": report.mismatch,
+            "collectives": [dataclasses.asdict(collective) for collective in report.collectives],
+            "seconds": dict(report.timings),
+        }
+        rows = [
+            ("outputs", f"{report.output_error:.1e} worst relative error in float64"),
+            ("gradients", f"{report.gradient_error:.1e} worst relative error in float64"),
+            ("collectives", collectives_line(report.collectives)),
+            ("time", time_text(report.timings)),
+        ]
+        if report.mismatch is not None:
+            rows.insert(0, ("first difference", str(report.mismatch)))
+        said = "equal" if report.ok else "NOT equal"
+        verdict = Verdict(report.ok, f"{said}: {loaded.label} on {tp} ranks and on one device")
+        return Answer(document, (verdict, *pairs(rows)), report.ok)
+
+    respond(work, json, traceback)
+
+
+@app.command()
+def show(
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    module: Annotated[
+        str | None, typer.Option("--module", metavar="GLOB", help="Only values of these modules and of what they hold.")
+    ] = None,
+    json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Print the rewritten graph, one value a line.
+
+    With shape, dtype, placement, module and source line; alike layers are folded.
+    """
+
+    def work() -> Answer:
+        loaded, program = rewritten(model, spec, tp)
+        lines = program.lines() if module is None else lines_in(program.lines(), module)
+        document = {
+            "ok": True,
+            "model": loaded.label,
+            "degree": tp,
+            "lines": [dataclasses.asdict(line) for line in lines],
+            "seconds": dict(program.timings),
+        }
+        return Answer(document, (listing(lines), "", time_text(program.timings)))
+
+    respond(work, json, traceback)
+
+
+@app.command()
+def diff(
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    only: Annotated[str | None, typer.Option("--pass", metavar="NAME", help="Only what this pass changed.")] = None,
+    json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Print what each pass changed, as a text diff."""
+
+    def work() -> Answer:
+        loaded, program = rewritten(model, spec, tp)
+        names = [name for name, _, _ in program.stages]
+        if only is not None and only not in names:
+            why = f"the passes are: {', '.join(names)}"
+            raise TpcompileError(f"no pass is named `{only}`", why=why, help=nearest(only, names))
+        blocks: list[Block] = []
+        passes: list[Mapping[str, object]] = []
+        for name, before, after in program.stages:
+            if only not in (None, name):
+                continue
+            changed = stage_diff(name, before, after)
+            blocks.append(changed or f"{name}: nothing changed")
+            passes.append({"name": name, "diff": list(changed.lines) if changed else []})
+        return Answer({"ok": True, "model": loaded.label, "degree": tp, "passes": passes}, tuple(blocks))
+
+    respond(work, json, traceback)
+
+
+@app.command()
+def comm(
+    model: ModelText, spec: SpecFile = None, tp: Degree = 2, json: Json = False, traceback: Traceback = False
+) -> None:
+    """List every collective and its bytes.
+
+    Where, kind, direction, shape, bytes sent per rank and how many times; and the totals.
+    """
+
+    def work() -> Answer:
+        loaded, program = rewritten(model, spec, tp)
+        collectives = program.collectives
+        document = {
+            "ok": True,
+            "model": loaded.label,
+            "degree": tp,
+            "collectives": [dataclasses.asdict(collective) for collective in collectives],
+            "count": sum(collective.count for collective in collectives),
+            "bytes": sum(collective.bytes * collective.count for collective in collectives),
+        }
+        return Answer(document, (collectives_table(collectives), "", "bytes: sent per rank"))
+
+    respond(work, json, traceback)
+
+
+@app.command()
+def explain(
+    model: ModelText,
+    name: Annotated[str, typer.Argument(metavar="PARAMETER_OR_MODULE", show_default=False)],
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Say why a parameter is cut as it is.
+
+    Or why it cannot be: the path of ops that ties it to a line of the spec.
+    """
+
+    def work() -> Answer:
+        loaded, program = rewritten(model, spec, tp)
+        text = program.explain(name)
+        return Answer({"ok": True, "model": loaded.label, "degree": tp, "name": name, "text": text}, (text,))
+
+    respond(work, json, traceback)
+
+
+@app.command()
+def run(
+    model: ModelText, spec: SpecFile = None, tp: Degree = 2, json: Json = False, traceback: Traceback = False
+) -> None:
+    """Run on N local processes and compare.
+
+    Forward and backward, over gloo on CPUs and NCCL on GPUs, against the same model on one device.
+    """
+
+    def work() -> Answer:
+        from tpcompile.launch import launch
+        from tpcompile.rehearsal import rehearse
+
+        results = launch(rehearse, tp, (model, spec))
+        worst = max(results, key=lambda result: result.excess)
+        ok = worst.excess <= 1
+        document = {"ok": ok, "model": model, "degree": tp, "ranks": [dataclasses.asdict(result) for result in results]}
+        rows = tuple(
+            (
+                str(rank),
+                result.device,
+                f"{result.output_error:.1e}",
+                f"{result.gradient_error:.1e}",
+                result.worst_parameter,
+                f"{result.seconds:.2f} s",
+            )
+            for rank, result in enumerate(results)
+        )
+        said = "equal" if ok else "NOT equal"
+        verdict = Verdict(ok, f"{said}: {model} on {tp} processes and on one device (allowed: {worst.allowed:.1e})")
+        head = ("rank", "device", "outputs", "gradients", "worst parameter", "forward and backward")
+        return Answer(document, (verdict, Table(head, rows)), ok)
+
+    respond(work, json, traceback)
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and exit, if asked to."""
+    if not asked:
+        return
+    try:
+        version = importlib.metadata.version("tpcompile")
+    except importlib.metadata.PackageNotFoundError:
+        version = "(not installed)"
+    sys.stdout.write(f"tpcompile {version}\n")
+    raise typer.Exit(OK)
+
+
+@app.callback()
+def command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What stands before the verb; ``version`` is answered by its callback."""
+
+
+def pairs(rows: list[tuple[str, str]]) -> list[str]:
+    """Names and what they are, one pair a line, aligned."""
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The help line that names the nearest of the known words, or some of them if none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"there are, for example: {', '.join(known[:4])}"
+
+
+def lines_in(lines: Sequence[Line], glob: str) -> Sequence[Line]:
+    """The lines of modules that fit the glob, and of modules below those.
+
+    Raises:
+        SpecError: the glob does not parse, or no line fits.
+    """
+    from tpcompile.spec import Spec
+
+    pattern = Spec.parse(f"{glob} replicate", "--module").lines[0].patterns[0]
+
+    def fits(module: str) -> bool:
+        parts = module.split(".")
+        return any(pattern.matches(".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+    found = [line for line in lines if fits(line.module)]
+    if not found:
+        modules = sorted({line.module for line in lines if line.module})
+        raise SpecError(f"--module {glob} fits no module with a value in the graph", help=nearest(glob, modules))
+    return found

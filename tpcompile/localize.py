@@ -1,0 +1,126 @@
+"""One call on one rank: how its arguments become local. The emitter builds a :class:`LocalCall` per cut call."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.fx
+
+from tpcompile.layout import Layout, LayoutError, Mesh, axes_of, local_size, runs, size
+from tpcompile.per_rank import PerRank
+from tpcompile.placement import Placement
+from tpcompile.sentence import Call, Sentence
+
+
+def per_rank(values: list[Any]) -> Any:
+    """The value itself where all ranks agree, else a :class:`PerRank`."""
+    return values[0] if all(v == values[0] for v in values) else PerRank(tuple(values))
+
+
+@dataclass
+class LocalCall:
+    """A call being emitted: its sentence, the placements of operands (as wanted) and results, and the new arguments."""
+
+    call: Call
+    sentence: Sentence
+    operands: tuple[Placement, ...]
+    results: tuple[Placement, ...]
+    mesh: Mesh
+    graph: torch.fx.Graph
+    args: list[Any]
+    kwargs: dict[str, Any]
+    target: Any
+
+    def _index(self, name: str) -> int:
+        arguments = self.target._schema.arguments
+        return next(i for i, a in enumerate(arguments) if a.name == name)
+
+    def current(self, name: str) -> Any:
+        """The new value of argument ``name``."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        index = self._index(name)
+        return self.args[index] if index < len(self.args) else self.target._schema.arguments[index].default_value
+
+    def set(self, name: str, value: Any) -> None:
+        """Give argument ``name`` a new value."""
+        index = self._index(name)
+        if name in self.kwargs or index >= len(self.args):
+            self.kwargs[name] = value
+        else:
+            self.args[index] = value
+
+    def replace(self, op: str, args: tuple[Any, ...]) -> None:
+        """Call another overload (``aten.name.overload``) instead."""
+        _, name, overload = op.split(".")
+        self.target, self.args, self.kwargs = getattr(getattr(torch.ops.aten, name), overload), list(args), {}
+
+    def emit(self, target: Any, args: tuple[Any, ...]) -> torch.fx.Node:
+        """A new node in the rewritten graph."""
+        return self.graph.call_function(target, args)
+
+    def emit_op(self) -> torch.fx.Node:
+        """The call itself with its new arguments."""
+        return self.graph.call_function(self.target, tuple(self.args), self.kwargs)
+
+    def ranks(self) -> range:
+        return range(self.mesh.degree)
+
+    def size(self, value: Any, layout: Layout) -> Any:
+        """A size argument for a dim of ``layout``: local int, or arithmetic on the symbolic size; -1 stays."""
+        if not axes_of(layout) or (isinstance(value, int) and value == -1):
+            return value
+        locals_ = [local_size(layout, self.mesh, r) for r in self.ranks()]
+        if isinstance(value, int):
+            return per_rank(locals_)
+        shares = [Fraction(n, size(layout)) for n in locals_]
+        whole = math.lcm(*(s.denominator for s in shares))
+        unit = self.graph.call_function(operator.floordiv, (value, whole))
+        times = per_rank([int(s * whole) for s in shares])
+        return unit if times == 1 else self.graph.call_function(operator.mul, (unit, times))
+
+    def offset(self, layout: Layout, at: int) -> Any:
+        """How many of the first ``at`` positions a rank holds."""
+        return per_rank(
+            [
+                sum(max(0, min(s + n, at) - s) for s, n in runs(layout, self.mesh.sizes, self.mesh.coordinates(r)))
+                for r in self.ranks()
+            ]
+        )
+
+    def start(self, layout: Layout) -> Any:
+        """First position held, for a dim held in one run.
+
+        Raises:
+            LayoutError: some rank holds several runs.
+        """
+        held = [runs(layout, self.mesh.sizes, self.mesh.coordinates(r)) for r in self.ranks()]
+        if any(len(h) != 1 for h in held):
+            raise LayoutError(f"a table cut as {layout} is not held in one piece")
+        return per_rank([h[0][0] for h in held])
+
+    def held_share(self) -> Any:
+        """Share of the summed positions that a rank holds (per rank), or None when no summed axis is cut."""
+        kept = {x for labels in self.sentence.results for x in labels}
+        shares = [Fraction(1)] * self.mesh.degree
+        found = False
+        for label, layout in zip(self.sentence.operands[0], self.operands[0].dims, strict=True):
+            if label is not None and label not in kept and axes_of(layout):
+                found = True
+                for r in self.ranks():
+                    shares[r] *= Fraction(local_size(layout, self.mesh, r), size(layout))
+        return per_rank([float(s) for s in shares]) if found else None
+
+    def cut_dims(self, operand: int) -> tuple[tuple[int, int, Any], ...]:
+        """``(dim, whole size, runs held here)`` of every cut dim of an operand."""
+        return tuple(
+            (d, size(x), per_rank([runs(x, self.mesh.sizes, self.mesh.coordinates(r)) for r in self.ranks()]))
+            for d, x in enumerate(self.operands[operand].dims)
+            if axes_of(x)
+        )
+

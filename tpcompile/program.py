@@ -1,0 +1,118 @@
+"""The value that passes hand to one another: a captured graph, what is known of it, and what was decided.
+
+A pass is a plain function ``Program -> Program``; it never changes the program it was given. Before ``emit`` the graph
+is the model's own and the decisions are tables beside it; after ``emit`` the graph is one rank's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx
+
+from tpcompile.capture import Captured
+from tpcompile.errors import Where
+from tpcompile.layout import Layout, Mesh
+from tpcompile.placement import Placement
+from tpcompile.rules import op_name, result_shapes
+from tpcompile.sentence import Call, tensor_operands
+from tpcompile.structure import Atom, Pin, Term
+
+if TYPE_CHECKING:
+    from tpcompile.spec import Claim, Spec
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Index spaces of every value (node name -> one tuple of terms per tensor result) and of every parameter."""
+
+    values: Mapping[str, tuple[tuple[Term, ...], ...]]
+    parameters: Mapping[str, tuple[Term, ...]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One atom cut over mesh ``axes``; ``parameter`` and ``dim`` say where it was first asked for, ``claim`` by which line."""
+
+    atom: Atom
+    axes: tuple[int, ...]
+    parameter: str
+    dim: int
+    claim: Claim | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Placement of one node: what its operands become, what it makes, what it leaves behind, and why.
+
+    ``results`` are the states the op itself produces; ``settled`` what its users see: partial sums all-reduced at
+    once unless a pass decided to keep them.
+    """
+
+    operands: tuple[Placement, ...]
+    results: tuple[Placement, ...]
+    settled: tuple[Placement, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """See the module docstring. ``mesh`` and everything below it is filled in by the passes, top to bottom."""
+
+    captured: Captured
+    graph_module: torch.fx.GraphModule
+    degree: int
+    spec: Spec | None = None
+    claims: tuple[Claim, ...] = ()
+    structure: Structure | None = None
+    mesh: Mesh = Mesh((1,))
+    cuts: tuple[Cut, ...] = ()
+    parameters: Mapping[str, tuple[Layout, ...]] = field(default_factory=dict[str, tuple[Layout, ...]])
+    whole: frozenset[str] = frozenset()  # parameters that a `replicate` line keeps whole
+    keep: frozenset[str] = frozenset()  # nodes whose partial sums travel on
+    early: frozenset[tuple[str, int]] = frozenset()  # (node, mesh axis) that run behind f
+    table: Mapping[str, Row] = field(default_factory=dict[str, Row])
+    emitted: bool = False
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        """The current graph."""
+        return self.graph_module.graph
+
+    def with_(self, **changes: Any) -> Program:
+        return replace(self, **changes)
+
+    def call(self, node: torch.fx.Node) -> Call:
+        """A call_function node as rules see it."""
+        operands = tensor_operands(node)
+        shapes = tuple(self.shape(x) for x in operands)
+        return Call(node, operands, shapes, result_shapes(node, self.captured.size), self.captured.size)
+
+    def shape(self, node: torch.fx.Node) -> tuple[int, ...]:
+        """Shape of a tensor node, symbols at their hints."""
+        return tuple(self.captured.size(n) for n in node.meta["val"].shape)
+
+
+Pass = Callable[[Program], Program]
+
+
+def copy_graph(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, torch.fx.Graph]:
+    """A fresh graph over the same attributes; node names and metadata are kept."""
+    graph = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in module.graph.nodes:
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    return torch.fx.GraphModule(module, graph), graph
+
+
+def where(node: torch.fx.Node) -> Where:
+    """The place in the model that made ``node``: module path, op, and the model's own source line."""
+    source = node.meta.get("source")
+    base = source if isinstance(source, Where) else Where()
+    return replace(base, module=node.meta.get("module") or None, op=op_name(node))
+
+
+__all__ = ["Cut", "Pass", "Pin", "Program", "Row", "Structure", "copy_graph", "where"]

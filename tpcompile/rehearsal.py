@@ -1,0 +1,115 @@
+"""The rehearsal of ``tpcompile run``: every process runs the model whole, then its shard for real, and compares.
+
+Unlike ``verify`` it goes through process groups, kernels and the model's own precision, so its bound is half of the
+digits of that precision; the proof to rounding is ``verify``'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.utils._pytree as pytree
+
+import tpcompile
+from tpcompile.cli import example_inputs, load
+from tpcompile.collectives import group_device, resolve_group
+from tpcompile.errors import TpcompileError
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What one rank measured: worst errors relative to the largest value of each tensor, and seconds of its shard."""
+
+    device: str
+    output_error: float
+    gradient_error: float
+    worst_parameter: str
+    allowed: float
+    seconds: float
+
+    @property
+    def excess(self) -> float:
+        """The larger error over what is allowed; at most 1 if the rank agrees with one device."""
+        return max(self.output_error, self.gradient_error) / self.allowed
+
+
+def rehearse(model: str, spec: str | None) -> Rehearsed:
+    """Run ``model`` whole and cut, forward and backward, in this process of an initialised process group.
+
+    Raises:
+        TpcompileError: the model does not load or compile, or has no output to compare.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the command's answer
+        return _rehearse(model, spec)
+
+
+def _rehearse(model: str, spec: str | None) -> Rehearsed:
+    loaded = load(model, weights=True)
+    inputs = example_inputs(loaded)
+    device = group_device(resolve_group(None))
+    whole = loaded.model.to(device)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (loaded.args, loaded.kwargs))
+
+    expected = backward(whole(*args, **kwargs))
+    gradients = {name: parameter.grad for name, parameter in whole.named_parameters() if parameter.grad is not None}
+    whole.zero_grad(set_to_none=True)
+
+    shard = tpcompile.compile(whole, spec, example_inputs=inputs)
+    start = time.perf_counter()
+    outputs = backward(shard(*args, **kwargs))
+    seconds = time.perf_counter() - start
+
+    errors = gradient_errors(gradients, tpcompile.full_gradients(shard))
+    worst = max(errors, key=lambda name: errors[name], default="")
+    return Rehearsed(
+        device=str(device),
+        output_error=max(relative_error(one, other) for one, other in zip(expected, outputs, strict=True)),
+        gradient_error=errors.get(worst, 0.0),
+        worst_parameter=worst,
+        allowed=max(torch.finfo(tensor.dtype).eps for tensor in expected) ** 0.5,
+        seconds=seconds,
+    )
+
+
+def backward(output: object) -> Sequence[torch.Tensor]:
+    """The differentiable leaves of an output, after a backward pass from all of them with fixed random cotangents."""
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if not leaves:
+        what = "no output of the model depends on a parameter that requires a gradient"
+        raise TpcompileError(what, why="there would be nothing to compare", help="see what `tpcompile verify` says")
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in leaves]
+    torch.autograd.backward(leaves, cotangents)
+    return [leaf.detach() for leaf in leaves]
+
+
+def relative_error(expected: torch.Tensor, got: torch.Tensor, floor: float = 0.0) -> float:
+    """The largest difference over the largest expected value, or over ``floor`` if that is larger."""
+    if expected.shape != got.shape:
+        return float("inf")
+    scale = max(largest([expected]), floor, torch.finfo(expected.dtype).tiny)
+    error = largest([expected - got]) / scale
+    return error if error == error else float("inf")
+
+
+def gradient_errors(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
+    """The relative error of each gradient; one that is missing is infinitely wrong.
+
+    A gradient that is zero but for rounding (the bias of attention's keys) has no digits of its own: below 1% of the
+    largest gradient of the model errors are measured against that 1%.
+    """
+    floor = largest(expected.values()) / 100
+    return {
+        name: relative_error(gradient, got[name], floor) if name in got else float("inf")
+        for name, gradient in expected.items()
+    }
+
+
+def largest(tensors: Iterable[torch.Tensor]) -> float:
+    """The largest absolute value in the tensors; 0 if there are none."""
+    return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)

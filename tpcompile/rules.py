@@ -1,0 +1,691 @@
+"""Op rules as data: one row per aten overload, read like einsum (see :mod:`tpcompile.sentence`).
+
+Rows for shape ops are computed from the call but return the same kind of sentence. A row may say how its size
+arguments become local (``localize``) and which kernel replaces the op when a cut asks for it (``kernel``). Every row's
+truth is tested over all layouts by one generic test; an op without a row is fine while nothing cut reaches it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.fx
+
+from tpcompile import kernels
+from tpcompile.layout import axes_of, size
+from tpcompile.localize import LocalCall
+from tpcompile.sentence import Call, Labels, Linear, Sentence, Shape, parse_row, reshape_sentence
+
+Row = str | Callable[[Call], Sentence]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one overload means. ``op`` is e.g. ``"aten.linear.default"``.
+
+    ``linear``/``sums`` are the facts of :class:`~tpcompile.sentence.Sentence` for text rows. ``localize`` rewrites
+    arguments to local sizes; ``kernel`` emits the replacement and returns it, or None to keep the op. ``random``: the
+    op draws from the generator, so replicas must draw the same numbers. ``because`` is the reason for ``!`` labels.
+    """
+
+    op: str
+    row: Row
+    linear: Linear = None
+    sums: bool = False
+    because: str | None = None
+    localize: Callable[[LocalCall], None] | None = None
+    kernel: Callable[[LocalCall], torch.fx.Node | None] | None = None
+    random: bool = False
+    references: frozenset[int] = field(default_factory=frozenset[int])
+
+    def sentence(self, call: Call) -> Sentence:
+        """The sentence of one call."""
+        if callable(self.row):
+            return self.row(call)
+        found = parse_row(self.row, call.shapes, call.results, self.op)
+        linear = self.linear
+        if linear == "joint" and _has_scalar_operand(call):
+            linear = None  # x + 1 is affine: each rank would add its own 1
+        whole = {k: self.because or why for k, why in found.whole.items()}
+        return replace(found, linear=linear, sums=self.sums, whole=whole, references=self.references)
+
+
+def _has_scalar_operand(call: Call) -> bool:
+    return len(call.operands) < 2
+
+
+# ---------------------------------------------------------------------------------------------- elementwise, generated
+LINEAR_UNARY = "neg alias clone contiguous detach lift_fresh_copy positive".split()
+NONLINEAR_UNARY = """abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal relu gelu silu mish sigmoid tanh erf
+sin cos tan asin acos atan sinh cosh logical_not bitwise_not isnan isinf isfinite floor ceil round trunc sign sgn square
+nan_to_num hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus softsign log_sigmoid relu6 frac erfc
+clamp clamp_min clamp_max threshold logit softshrink hardshrink tanhshrink""".split()
+NONLINEAR_BINARY = """eq ne lt le gt ge maximum minimum bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__
+logical_and logical_or logical_xor atan2 fmod remainder floor_divide pow clamp clamp_min clamp_max hypot
+prelu_kernel""".split()
+
+
+def _overloads(name: str) -> list[str]:
+    packet = getattr(torch.ops.aten, name, None)
+    return [] if packet is None else [f"aten.{name}.{o}" for o in packet.overloads() if "out" not in o]
+
+
+def _tensor_count(op: str) -> int:
+    _, name, overload = op.split(".")
+    schema = getattr(getattr(torch.ops.aten, name), overload)._schema
+    return sum(1 for a in schema.arguments if "Tensor" in str(a.type))
+
+
+def _elementwise() -> Iterable[Rule]:
+    for name in dict.fromkeys(LINEAR_UNARY + NONLINEAR_UNARY + NONLINEAR_BINARY):
+        for op in _overloads(name):
+            inputs = _tensor_count(op)
+            if inputs == 0 or "generator" in op:
+                continue
+            linear: Linear = "each" if name in LINEAR_UNARY else None
+            yield Rule(op, ", ".join(["..."] * inputs) + " -> ...", linear)
+    for op in ("aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten._to_copy.default"):
+        yield Rule(op, "... -> ...")
+    for name in ("add", "sub"):
+        yield Rule(f"aten.{name}.Tensor", "..., ... -> ...", "joint")
+        yield Rule(f"aten.{name}.Scalar", "... -> ...")
+    yield Rule("aten.rsub.Tensor", "..., ... -> ...", "joint")
+    yield Rule("aten.rsub.Scalar", "... -> ...")
+    yield Rule("aten.mul.Tensor", "..., ... -> ...", "each")
+    yield Rule("aten.mul.Scalar", "... -> ...", "each")
+    yield Rule("aten.div.Tensor", "..., ... -> ...", frozenset({0}))
+    yield Rule("aten.div.Scalar", "... -> ...", "each")
+    yield Rule("aten.div.Tensor_mode", "..., ... -> ...")
+    yield Rule("aten.div.Scalar_mode", "... -> ...")
+    yield Rule("aten.lerp.Scalar", "..., ... -> ...", "joint")
+    yield Rule("aten.addcmul.default", "..., ..., ... -> ...")
+    yield Rule("aten.addcdiv.default", "..., ..., ... -> ...")
+    yield Rule("aten.where.self", "..., ..., ... -> ...")
+    yield Rule("aten.where.ScalarSelf", "..., ... -> ...")
+    yield Rule("aten.where.ScalarOther", "..., ... -> ...")
+    yield Rule("aten.where.Scalar", "... -> ...")
+    yield Rule("aten.masked_fill.Scalar", "..., ... -> ...")
+    yield Rule("aten.masked_fill.Tensor", "..., ..., -> ...")
+    yield Rule("aten.type_as.default", _type_as)
+    for name in ("zeros_like", "ones_like", "full_like", "empty_like"):
+        yield Rule(f"aten.{name}.default", "... -> ...", references=frozenset({0}))
+    for name in ("new_zeros", "new_ones", "new_full", "new_empty"):
+        yield Rule(f"aten.{name}.default", _fresh, references=frozenset({0}))
+
+
+def _fresh(call: Call) -> Sentence:
+    """A new constant: neither its shape nor its values come from the operand."""
+    operands = tuple(tuple(f"x{d}" for d in range(len(s))) for s in call.shapes)
+    results = tuple(tuple(f"y{d}" for d in range(len(s))) for s in call.results)
+    sizes = {f"x{d}": n for d, n in enumerate(call.shapes[0])} | {f"y{d}": n for d, n in enumerate(call.results[0])}
+    return Sentence(operands, results, sizes, references=frozenset({0}))
+
+
+def _type_as(call: Call) -> Sentence:
+    found = parse_row("... -> ...", call.shapes[:1], call.results, "type_as")
+    other = tuple(f"y{d}" for d in range(len(call.shapes[1])))
+    sizes = dict(found.sizes) | dict(zip(other, call.shapes[1], strict=True))
+    return replace(found, operands=(found.operands[0], other), sizes=sizes, references=frozenset({1}))
+
+
+# ---------------------------------------------------------------------------------------------- products and sums
+def _matmul(call: Call) -> Sentence:
+    a, b = (len(s) for s in call.shapes)
+    left = {1: "k"}.get(a, "... m k")
+    right = {1: "k"}.get(b, "... k n")
+    out = "... " + ("m " if a > 1 else "") + ("n" if b > 1 else "")
+    text = f"{left}, {right} -> {out}" if max(a, b) > 1 else "k, k -> "
+    found = parse_row(text, call.shapes, call.results, "matmul")
+    return replace(found, linear="each", sums=True)
+
+
+def _einsum(call: Call) -> Sentence:
+    equation = str(call.argument("equation")).replace(" ", "")
+    left, right = equation.split("->") if "->" in equation else (equation, None)
+    if right is None or "..." in equation:
+        raise ValueError(f"einsum {equation!r}: only the explicit form a,b->c without '...' has a rule")
+    if any(len(set(part)) != len(part) for part in left.split(",")):
+        raise ValueError(f"einsum {equation!r}: a diagonal has no rule")
+    text = ", ".join(" ".join(part) for part in left.split(",")) + " -> " + " ".join(right)
+    return replace(parse_row(text, call.shapes, call.results, "einsum"), linear="each", sums=True)
+
+
+def _reduction(linear: bool, reason: str) -> Callable[[Call], Sentence]:
+    def sentence(call: Call) -> Sentence:
+        shape = call.shapes[0]
+        dims = _reduced(call)
+        labels = [f"d{i}" for i in range(len(shape))]
+        result = [None if i in dims else x for i, x in enumerate(labels)]
+        if len(call.results[0]) != len(shape):  # keepdim=False
+            result = [x for i, x in enumerate(result) if i not in dims]
+        whole = {} if linear else {labels[i]: reason for i in dims}
+        return Sentence(
+            (tuple(labels),), tuple(tuple(result) for _ in call.results), dict(zip(labels, shape, strict=True)),
+            linear="each" if linear else None, sums=linear, whole=whole,
+        )  # fmt: skip
+
+    return sentence
+
+
+def _reduced(call: Call) -> set[int]:
+    n = len(call.shapes[0])
+    try:
+        dims = call.argument("dim")
+    except KeyError:
+        dims = None
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return set(range(n))
+    chosen = dims if isinstance(dims, (list, tuple)) else [dims]
+    return {int(d) % n for d in chosen} if n else set()
+
+
+def _along(argument: str, reason: str, linear: Linear = None) -> Callable[[Call], Sentence]:
+    """Same shape out; the dims named by ``argument`` must be whole, all others pass."""
+
+    def sentence(call: Call) -> Sentence:
+        shape = call.shapes[0]
+        labels = tuple(f"d{i}" for i in range(len(shape)))
+        dims = call.argument(argument)
+        chosen = dims if isinstance(dims, (list, tuple)) else [dims]
+        whole = {labels[int(d) % len(shape)]: reason for d in chosen} if shape else {}
+        results = tuple(labels for _ in call.results)
+        sizes = dict(zip(labels, shape, strict=True))
+        if any(r != shape for r in call.results):  # topk: the dim shrinks
+            changed = next(i for i in range(len(shape)) if call.results[0][i] != shape[i])
+            results = tuple(tuple("k" if i == changed else x for i, x in enumerate(labels)) for _ in call.results)
+            sizes["k"] = call.results[0][changed]
+        return Sentence((labels,), results, sizes, linear=linear, whole=whole)
+
+    return sentence
+
+
+def _conv(call: Call) -> Sentence:
+    spatial = len(call.shapes[0]) - 2
+    reason = "a convolution reads its neighbours"
+    x = ("b", "i", *(f"x{d}" for d in range(spatial)))
+    w = ("o", "i", *(f"k{d}" for d in range(spatial)))
+    y = ("b", "o", *(f"y{d}" for d in range(spatial)))
+    whole = {label: reason for label in (*x[2:], *w[2:])}
+    if call.argument("groups") != 1:
+        x, w = ("b", "gi", *x[2:]), ("o", "gk", *w[2:])
+        whole |= {label: "a grouped convolution pairs its channels" for label in ("gi", "gk", "o")}
+    operands: tuple[Labels, ...] = (x, w) if len(call.operands) == 2 else (x, w, ("o",))
+    if len(call.operands) == 3:
+        whole["i"] = "every rank would add the bias once more"
+    sizes: dict[str, int] = {}
+    for labels, shape in [*zip(operands, call.shapes, strict=True), (y, call.results[0])]:
+        sizes |= {str(label): n for label, n in zip(labels, shape, strict=True)}
+    return Sentence(operands, (y,), sizes, linear="each" if len(operands) == 2 else None, sums=True, whole=whole)
+
+
+def _attention(call: Call) -> Sentence:
+    """Fused attention: batch and heads pass, everything inside a head must be whole."""
+    q, k = call.shapes[:2]
+    lead = len(q) - 2
+    batch = tuple(f"b{i}" for i in range(lead))
+    heads_q = heads_k = batch
+    products: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    sizes: dict[str, int] = {}
+    whole = {x: f"attention needs {why} whole" for x, why in (("q", "the queries"), ("k", "the keys"),
+                                                            ("d", "the head dim"), ("e", "the value dim"))}  # fmt: skip
+    if call.argument("enable_gqa") and q[-3] != k[-3]:
+        raise ValueError("grouped-query attention inside the fused kernel is lowered before placement")
+    mask = call.argument("attn_mask")
+    operands: list[Labels] = [(*heads_q, "q", "d"), (*heads_k, "k", "d"), (*heads_k, "k", "e")]
+    for labels, shape in zip(operands, call.shapes, strict=False):
+        sizes |= {str(x): max(n, sizes.get(str(x), 0)) for x, n in zip(labels, shape, strict=True)}
+    if mask is not None:
+        operands.append((*batch, "q", "k")[-len(call.shapes[3]) :])
+    broadcast = tuple(
+        tuple(None if n == 1 and sizes[str(x)] != 1 else x for x, n in zip(labels, shape, strict=True))
+        for labels, shape in zip(operands, call.shapes, strict=True)
+    )
+    # with one query or key, "whole" still holds; linear in v alone
+    return Sentence(broadcast, ((*batch, "q", "e"),), sizes, frozenset({2}), whole=whole, products=products)
+
+
+def _normalize(call: Call) -> Sentence:
+    """layer_norm, rms_norm: the normalized dims must be whole; weight and bias lie along them."""
+    shape = call.shapes[0]
+    count = len(call.argument("normalized_shape"))
+    labels = tuple(f"d{i}" for i in range(len(shape)))
+    whole = {x: "a norm takes its mean over the whole axis" for x in labels[len(shape) - count :]}
+    operands = (labels, *(labels[len(shape) - len(s) :] for s in call.shapes[1:]))
+    return Sentence(operands, (labels,), dict(zip(labels, shape, strict=True)), whole=whole)
+
+
+def _channels_whole(call: Call) -> Sentence:
+    """batch_norm, group_norm: only the batch dim may be cut, and batch_norm not even that."""
+    shape = call.shapes[0]
+    labels = tuple(f"d{i}" for i in range(len(shape)))
+    keep = 1 if "group_norm" in str(call.node.target) else 0
+    whole = {x: "a norm over channels reads the whole axis" for x in labels[keep:]}
+    operands = (labels, *((labels[1],) for _ in call.shapes[1:]))
+    return Sentence(operands, (labels,), dict(zip(labels, shape, strict=True)), whole=whole)
+
+
+# ---------------------------------------------------------------------------------------------- shapes, computed
+def _reshape(call: Call) -> Sentence:
+    return reshape_sentence(call.shapes[0], call.results[0])
+
+
+def _permuted(order: Callable[[Call, int], list[int]]) -> Callable[[Call], Sentence]:
+    def sentence(call: Call) -> Sentence:
+        labels = tuple(f"d{i}" for i in range(len(call.shapes[0])))
+        result = tuple(labels[i] for i in order(call, len(labels)))
+        return Sentence((labels,), (result,), dict(zip(labels, call.shapes[0], strict=True)), linear="each")
+
+    return sentence
+
+
+def _swap(call: Call, n: int) -> list[int]:
+    order = list(range(n))
+    a, b = call.dim("dim0"), call.dim("dim1")
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _reverse_two(_: Call, n: int) -> list[int]:
+    return list(range(n)) if n < 2 else [*range(n - 2), n - 1, n - 2]
+
+
+def _permute(call: Call, n: int) -> list[int]:
+    return [int(d) % n for d in call.argument("dims")]
+
+
+def _expand(call: Call) -> Sentence:
+    before, after = call.shapes[0], call.results[0]
+    lead = len(after) - len(before)
+    result = tuple(f"y{d}" for d in range(len(after)))
+    operand = tuple(None if n == 1 and after[lead + d] != 1 else f"y{lead + d}" for d, n in enumerate(before))
+    return Sentence((operand,), (result,), dict(zip(result, after, strict=True)), linear="each")
+
+
+def _window(call: Call, dim: int, start: int, length: int, step: int = 1) -> Sentence:
+    """A slice: the dim is what comes before, the window, and what comes after."""
+    shape = call.shapes[0]
+    labels = [f"d{i}" for i in range(len(shape))]
+    sizes = dict(zip(labels, shape, strict=True))
+    result = list(labels)
+    whole: dict[str, str] = {}
+    concats: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    if length != shape[dim]:
+        result[dim] = "window"
+        if step != 1 or length == 0:
+            whole[labels[dim]] = f"a slice with step {step} reads across it"
+            sizes["window"] = length
+        else:
+            sizes |= {"before": start, "window": length, "after": shape[dim] - start - length}
+            concats = ((labels[dim], ("before", "window", "after")),)
+    return Sentence((tuple(labels),), (tuple(result),), sizes, linear="each", whole=whole, concats=concats)
+
+
+def _slice_bounds(call: Call) -> tuple[int, int, int, int]:
+    dim = call.dim()
+    n = call.shapes[0][dim]
+    start, end, step = call.argument("start"), call.argument("end"), int(call.argument("step") or 1)
+    low = 0 if start is None else call.integer(start)
+    high = n if end is None else call.integer(end)
+    low = min(max(low + n if low < 0 else low, 0), n)
+    high = min(max(high + n if high < 0 else high, low), n)
+    return dim, low, high, step
+
+
+def _slice(call: Call) -> Sentence:
+    dim, low, high, step = _slice_bounds(call)
+    return _window(call, dim, low, -(-(high - low) // step), step)
+
+
+def _local_slice(local: LocalCall) -> None:
+    dim, low, high, _ = _slice_bounds(local.call)
+    layout = local.operands[0].dims[dim]
+    n = local.call.shapes[0][dim]
+    if axes_of(layout) and (low, high) != (0, n):
+        local.set("start", local.offset(layout, low))
+        local.set("end", local.offset(layout, high))
+
+
+def _pieces(call: Call) -> Sentence:
+    """split and chunk: the dim is its pieces one after the other."""
+    dim = call.dim()
+    shape = call.shapes[0]
+    labels = tuple(f"d{i}" for i in range(len(shape)))
+    parts = tuple(f"p{i}" for i in range(len(call.results)))
+    sizes = dict(zip(labels, shape, strict=True)) | {p: r[dim] for p, r in zip(parts, call.results, strict=True)}
+    results = tuple(tuple(p if i == dim else x for i, x in enumerate(labels)) for p in parts)
+    if len(parts) == 1:
+        return Sentence((labels,), (labels,), dict(zip(labels, shape, strict=True)), linear="each")
+    return Sentence((labels,), results, sizes, linear="each", concats=((labels[dim], parts),))
+
+
+def _local_pieces(local: LocalCall) -> None:
+    dim = local.call.dim()
+    if axes_of(local.operands[0].dims[dim]):
+        sizes = [
+            local.size(shape[dim], r.dims[dim]) for shape, r in zip(local.call.results, local.results, strict=True)
+        ]
+        local.replace("aten.split_with_sizes.default", (local.args[0], sizes, dim))
+
+
+def _drop_dims(call: Call) -> Sentence:
+    """squeeze, unsqueeze: dims of size 1 come and go."""
+    labels = tuple(f"d{i}" if n != 1 else None for i, n in enumerate(call.shapes[0]))
+    kept = iter([x for x in labels if x is not None])
+    result = tuple(None if n == 1 else next(kept) for n in call.results[0])
+    sizes = {x: n for x, n in zip(labels, call.shapes[0], strict=True) if x is not None}
+    return Sentence((labels,), (result,), sizes, linear="each")
+
+
+def _select(call: Call) -> Sentence:
+    dim = call.dim()
+    n = call.shapes[0][dim]
+    index = call.argument("index")
+    position = call.integer(index)
+    found = _window(call, dim, position % n, 1)
+    result = tuple(x for i, x in enumerate(found.results[0]) if i != dim)
+    return replace(found, results=(result,))
+
+
+def _local_select(local: LocalCall) -> None:
+    dim = local.call.dim()
+    layout = local.operands[0].dims[dim]
+    if axes_of(layout):
+        n = local.call.shapes[0][dim]
+        local.set("index", local.offset(layout, local.call.integer(local.call.argument("index")) % n))
+
+
+def _unbind(call: Call) -> Sentence:
+    dim = call.dim()
+    shape = call.shapes[0]
+    labels = tuple(f"d{i}" for i in range(len(shape)))
+    result = tuple(x for i, x in enumerate(labels) if i != dim)
+    return Sentence(
+        (labels,), tuple(result for _ in call.results), dict(zip(labels, shape, strict=True)), linear="each",
+        whole={labels[dim]: "unbind takes it apart position by position"},
+    )  # fmt: skip
+
+
+def _cat(call: Call) -> Sentence:
+    rank = max(len(s) for s in call.shapes)
+    shapes = [s for s in call.shapes if len(s) == rank]
+    dim = int(call.argument("dim")) % rank
+    labels = tuple(f"d{i}" for i in range(rank))
+    sizes = {x: n for i, (x, n) in enumerate(zip(labels, call.results[0], strict=True)) if i != dim}
+    operands: list[Labels] = []
+    parts: list[str] = []
+    for index, shape in enumerate(call.shapes):
+        if len(shape) != rank:  # the legacy empty tensor
+            operands.append((None,) * len(shape))
+            continue
+        part = f"p{index}"
+        sizes[part] = shape[dim]
+        parts.append(part)
+        operands.append(tuple(part if i == dim else x for i, x in enumerate(labels)))
+    sizes["joined"] = call.results[0][dim]
+    result = tuple("joined" if i == dim else x for i, x in enumerate(labels))
+    if len(shapes) == 1:
+        return Sentence((result,), (result,), sizes, linear="each")
+    return Sentence(tuple(operands), (result,), sizes, linear="joint", concats=(("joined", tuple(parts)),))
+
+
+def _stack(call: Call) -> Sentence:
+    rank = len(call.shapes[0])
+    dim = int(call.argument("dim")) % (rank + 1)
+    labels = tuple(f"d{i}" for i in range(rank))
+    sizes = dict(zip(labels, call.shapes[0], strict=True)) | {"new": len(call.shapes)}
+    return Sentence(
+        tuple(labels for _ in call.shapes), ((*labels[:dim], "new", *labels[dim:]),), sizes,
+        linear="joint" if len(call.shapes) > 1 else "each",
+    )  # fmt: skip
+
+
+def _repeat(call: Call) -> Sentence:
+    before, after = call.shapes[0], call.results[0]
+    lead = len(after) - len(before)
+    operand: list[Label_] = []
+    result: list[Label_] = [f"n{d}" for d in range(lead)]
+    sizes: dict[str, int] = {f"n{d}": after[d] for d in range(lead)}
+    products: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    for d, n in enumerate(before):
+        times = after[lead + d] // n if n else 1
+        if n == 1 and times > 1:
+            operand.append(None)
+            result.append(f"y{d}")
+            sizes[f"y{d}"] = times
+            continue
+        operand.append(f"x{d}")
+        sizes[f"x{d}"] = n
+        if times == 1:
+            result.append(f"x{d}")
+        else:
+            result.append(f"y{d}")
+            sizes |= {f"y{d}": n * times, f"t{d}": times}
+            products.append(((f"t{d}", f"x{d}"), (f"y{d}",)))
+    return Sentence((tuple(operand),), (tuple(result),), sizes, linear="each", products=tuple(products))
+
+
+Label_ = str | None
+
+
+def _repeat_interleave(call: Call) -> Sentence:
+    dim = call.dim()
+    shape = call.shapes[0]
+    labels = tuple(f"d{i}" for i in range(len(shape)))
+    result = tuple("y" if i == dim else x for i, x in enumerate(labels))
+    times = call.results[0][dim] // shape[dim]
+    sizes = dict(zip(labels, shape, strict=True)) | {"y": call.results[0][dim], "t": times}
+    return Sentence((labels,), (result,), sizes, linear="each", products=(((labels[dim], "t"), ("y",)),))
+
+
+def _pad(call: Call) -> Sentence:
+    before, after = call.shapes[0], call.results[0]
+    labels = tuple(f"d{i}" for i in range(len(before)))
+    pads = list(call.argument("pad"))
+    padded = {len(before) - 1 - i // 2 for i, p in enumerate(pads) if p != 0}
+    result = tuple(f"y{i}" if i in padded else x for i, x in enumerate(labels))
+    sizes = dict(zip(labels, before, strict=True)) | {f"y{i}": after[i] for i in padded}
+    return Sentence((labels,), (result,), sizes, whole={labels[i]: "padding moves its positions" for i in padded})
+
+
+def _index(call: Call) -> Sentence:
+    """x[..., i, ...]: indexed dims must be whole, the others pass; index tensors broadcast together."""
+    indices = list(call.argument("indices"))
+    shape = call.shapes[0]
+    labels = [f"d{i}" for i in range(len(shape))]
+    indexed = [i for i, x in enumerate(indices) if x is not None]
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    wide = max(len(s) for s in call.shapes[1:])
+    fresh = [f"i{j}" for j in range(wide)]
+    rest = [x for i, x in enumerate(labels) if i not in indexed]
+    at = indexed[0] if adjacent else 0
+    result = (*rest[:at], *fresh, *rest[at:])
+    sizes = dict(zip(labels, shape, strict=True)) | dict(zip(result, call.results[0], strict=True))
+    operands: list[Labels] = [tuple(labels)]
+    for s in call.shapes[1:]:
+        own = fresh[wide - len(s) :]
+        operands.append(tuple(None if n == 1 and sizes[x] != 1 else x for x, n in zip(own, s, strict=True)))
+    whole = {labels[i]: "an index tensor picks positions from all of it" for i in indexed}
+    return Sentence(tuple(operands), (tuple(result),), sizes, linear=frozenset({0}), whole=whole)
+
+
+def _index_select(call: Call) -> Sentence:
+    dim = call.dim()
+    labels = tuple(f"d{i}" for i in range(len(call.shapes[0])))
+    result = tuple("i" if d == dim else x for d, x in enumerate(labels))
+    sizes = dict(zip(labels, call.shapes[0], strict=True)) | {"i": call.results[0][dim]}
+    whole = {labels[dim]: "an index tensor picks positions from all of it"}
+    return Sentence((labels, ("i",) if call.shapes[1] else ()), (result,), sizes, frozenset({0}), whole=whole)
+
+
+def _gather(call: Call) -> Sentence:
+    dim = call.dim()
+    shape, index = call.shapes[0], call.shapes[1]
+    labels = tuple(f"d{i}" for i in range(len(shape)))
+    picked = tuple("i" if d == dim else (x if shape[d] == index[d] else f"y{d}") for d, x in enumerate(labels))
+    sizes = dict(zip(labels, shape, strict=True)) | dict(zip(picked, index, strict=True))
+    whole = {labels[dim]: "an index tensor picks positions from all of it"}
+    whole |= {labels[d]: "the index covers a part of it" for d in range(len(shape)) if shape[d] != index[d]}
+    return Sentence((labels, picked), (picked,), sizes, frozenset({0}), whole=whole)
+
+
+def _cross_entropy(call: Call) -> Sentence:
+    """Logits ``[n, c, ...]``: the class axis must be whole; targets follow the other dims. The rest stays whole too
+    because the mean runs over all of it."""
+    operands = tuple(tuple(f"x{o}_{d}" for d in range(len(s))) for o, s in enumerate(call.shapes))
+    sizes = {x: n for labels, s in zip(operands, call.shapes, strict=True) for x, n in zip(labels, s, strict=True)}
+    results = tuple(tuple(f"y{d}" for d in range(len(s))) for s in call.results)
+    sizes |= {x: n for labels, s in zip(results, call.results, strict=True) for x, n in zip(labels, s, strict=True)}
+    return Sentence(operands, results, sizes, whole={x: "the loss needs whole logits" for o in operands for x in o})
+
+
+# ---------------------------------------------------------------------------------------------- local sizes and kernels
+def _local_shape(name: str) -> Callable[[LocalCall], None]:
+    """The size-list argument ``name`` describes the result: its entries become local."""
+
+    def localize(local: LocalCall) -> None:
+        dims = local.results[0].dims
+        if any(axes_of(d) for d in dims):
+            sizes = list(local.current(name))
+            offset = len(dims) - len(sizes)
+            local.set(name, [local.size(n, dims[offset + i]) for i, n in enumerate(sizes)])
+
+    return localize
+
+
+def _local_unflatten(local: LocalCall) -> None:
+    dims = local.results[0].dims
+    sizes = list(local.current("sizes"))
+    dim = local.call.dim()
+    local.set("sizes", [local.size(n, dims[dim + i]) for i, n in enumerate(sizes)])
+
+
+def _mean(local: LocalCall) -> torch.fx.Node | None:
+    """A mean over a cut axis: the local mean, weighted by the share of positions that this rank holds."""
+    shares = local.held_share()
+    if shares is None:
+        return None
+    return local.emit(torch.ops.aten.mul.Tensor, (local.emit_op(), shares))
+
+
+def _embedding(local: LocalCall) -> torch.fx.Node | None:
+    """Rows of the table are cut: look up the rows held here, zero for the others (Megatron-LM, section 3)."""
+    rows = local.operands[0].dims[0]
+    if not axes_of(rows):
+        return None
+    start = local.start(rows)
+    padding = int(local.call.argument("padding_idx"))
+    return local.emit(kernels.embedding_rows, (local.args[0], local.args[1], start, padding, size(rows)))
+
+
+def _dropout(local: LocalCall) -> torch.fx.Node | None:
+    """On a cut value: draw the whole mask, keep the part held here, so masks are those of one device."""
+    cuts = local.cut_dims(0)
+    if not cuts or not local.call.argument("train"):
+        return None
+    return local.emit(kernels.dropout_part, (local.args[0], local.call.argument("p"), cuts))
+
+
+ROWS: tuple[Rule, ...] = (
+    *_elementwise(),
+    Rule("aten.linear.default", "... k, n k -> ... n", "each", sums=True),
+    Rule("aten.mm.default", "m k, k n -> m n", "each", sums=True),
+    Rule("aten.bmm.default", "b m k, b k n -> b m n", "each", sums=True),
+    Rule("aten.mv.default", "m k, k -> m", "each", sums=True),
+    Rule("aten.dot.default", "k, k -> ", "each", sums=True),
+    Rule("aten.outer.default", "m, n -> m n", "each"),
+    Rule("aten.matmul.default", _matmul),
+    Rule("aten.einsum.default", _einsum),
+    *(Rule(f"aten.conv{n}d.default", _conv) for n in (1, 2, 3)),
+    Rule("aten.scaled_dot_product_attention.default", _attention),
+    Rule("aten.embedding.default", "v d, ... -> ... d", None, sums=True, kernel=_embedding),
+    Rule("aten.dropout.default", "... -> ...", "each", kernel=_dropout, random=True),
+    Rule("aten.layer_norm.default", _normalize),
+    Rule("aten.rms_norm.default", _normalize),
+    Rule("aten.batch_norm.default", _channels_whole),
+    Rule("aten.group_norm.default", _channels_whole),
+    Rule("aten.cross_entropy_loss.default", _cross_entropy),
+    *(Rule(f"aten.{n}.int", _along("dim", "softmax runs over the whole axis")) for n in ("softmax", "log_softmax")),
+    *(Rule(f"aten.{n}.default", _along("dim", f"{n} runs along the whole axis")) for n in ("cumsum", "cumprod")),
+    Rule("aten.flip.default", _along("dims", "flip reverses it", "each")),
+    Rule("aten.roll.default", _along("dims", "roll moves its positions", "each")),
+    Rule("aten.sort.default", _along("dim", "sort runs over the whole axis")),
+    Rule("aten.argsort.default", _along("dim", "sort runs over the whole axis")),
+    Rule("aten.topk.default", _along("dim", "topk runs over the whole axis")),
+    *(Rule(f"aten.sum.{o}", _reduction(True, "")) for o in ("dim_IntList", "default")),
+    *(Rule(f"aten.mean.{o}", _reduction(True, ""), kernel=_mean) for o in ("dim", "default")),
+    *(
+        Rule(op, _reduction(False, "the reduction needs the whole axis"))
+        for op in """aten.amax.default aten.amin.default aten.max.dim aten.min.dim aten.max.default aten.min.default
+        aten.argmax.default aten.argmin.default aten.prod.dim_int aten.any.dim aten.any.default aten.all.dim
+        aten.all.default aten.logsumexp.default aten.var.correction aten.var.dim aten.std.correction aten.std.dim
+        aten.linalg_vector_norm.default aten.norm.ScalarOpt_dim""".split()
+    ),
+    *(Rule(f"aten.{n}.default", _reshape, localize=_local_shape("size")) for n in ("view", "_unsafe_view")),
+    Rule("aten.reshape.default", _reshape, localize=_local_shape("shape")),
+    Rule("aten.flatten.using_ints", _reshape),
+    Rule("aten.unflatten.int", _reshape, localize=_local_unflatten),
+    Rule("aten.expand.default", _expand, localize=_local_shape("size")),
+    Rule("aten.transpose.int", _permuted(_swap)),
+    Rule("aten.t.default", _permuted(_reverse_two)),
+    Rule("aten.permute.default", _permuted(_permute)),
+    *(Rule(f"aten.{n}.default", _permuted(_reverse_two)) for n in ("mT", "adjoint")),
+    Rule("aten.numpy_T.default", _permuted(lambda _, n: list(reversed(range(n))))),
+    Rule("aten.slice.Tensor", _slice, localize=_local_slice),
+    Rule("aten.select.int", _select, localize=_local_select),
+    Rule("aten.split.Tensor", _pieces, localize=_local_pieces),
+    Rule("aten.split.sizes", _pieces, localize=_local_pieces),
+    Rule("aten.split_with_sizes.default", _pieces, localize=_local_pieces),
+    Rule("aten.chunk.default", _pieces, localize=_local_pieces),
+    Rule("aten.unbind.int", _unbind),
+    *(Rule(f"aten.squeeze.{o}", _drop_dims) for o in ("dim", "dims", "default")),
+    Rule("aten.unsqueeze.default", _drop_dims),
+    Rule("aten.cat.default", _cat),
+    Rule("aten.stack.default", _stack),
+    Rule("aten.repeat.default", _repeat),
+    Rule("aten.repeat_interleave.self_int", _repeat_interleave),
+    Rule("aten.constant_pad_nd.default", _pad),
+    Rule("aten.pad.default", _pad),
+    Rule("aten.index.Tensor", _index),
+    Rule("aten.index_select.default", _index_select),
+    Rule("aten.gather.default", _gather),
+    *(
+        Rule(f"aten.{n}.default", "... r! c! -> ... r c", "each", because="a triangle of the matrix is zeroed")
+        for n in ("tril", "triu")
+    ),
+)
+
+
+def table(rows: Iterable[Rule] = ROWS) -> Mapping[str, Rule]:
+    """Rules by overload name; a name given twice is a defect."""
+    found: dict[str, Rule] = {}
+    for rule in rows:
+        if rule.op in found:
+            raise ValueError(f"two rules for {rule.op}")
+        found[rule.op] = rule
+    return MappingProxyType(found)
+
+
+RULES: Mapping[str, Rule] = table()
+
+
+def op_name(node: torch.fx.Node) -> str:
+    """``aten.linear.default`` for an OpOverload target, else the function's name."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._schema.name.split('::')[-1]}.{target._overloadname}"
+    return getattr(target, "__name__", str(target))
+
+
+def result_shapes(node: torch.fx.Node, size: Callable[[Any], int]) -> tuple[Shape, ...]:
+    """Shapes of the tensor results of a call, symbols at their hints."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return tuple(tuple(size(n) for n in v.shape) for v in values if isinstance(v, torch.Tensor))
+
+
+GETITEM: Callable[..., Any] = operator.getitem
