@@ -1,0 +1,62 @@
+"""tpcompile: a declarative graph-rewriting compiler for tensor parallelism.
+
+``compile`` captures an unmodified model as one graph, cuts it as a short ``.tpspec`` says, and returns this rank's
+module; ``verify`` proves, in one process and without a GPU, that outputs and every gradient are unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, SpecError, TpcompileError
+
+if TYPE_CHECKING:
+    from tpcompile.compiler import rewrite
+    from tpcompile.module import TensorParallel, compile, full_gradients, full_state_dict
+    from tpcompile.program import Program
+    from tpcompile.report import Collective
+    from tpcompile.spec import Spec
+    from tpcompile.equivalence import Report, verify
+
+_HOMES = {
+    "Collective": "tpcompile.report",
+    "Program": "tpcompile.program",
+    "Report": "tpcompile.equivalence",
+    "Spec": "tpcompile.spec",
+    "TensorParallel": "tpcompile.module",
+    "compile": "tpcompile.module",
+    "full_gradients": "tpcompile.module",
+    "full_state_dict": "tpcompile.module",
+    "rewrite": "tpcompile.compiler",
+    "verify": "tpcompile.equivalence",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names on first use (PEP 562), so that ``tpcompile --help`` does not import torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tpcompile' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+__all__ = [
+    "CaptureError",
+    "Collective",
+    "Program",
+    "Report",
+    "RuntimeMismatchError",
+    "ShardingError",
+    "Spec",
+    "SpecError",
+    "TensorParallel",
+    "TpcompileError",
+    "compile",
+    "full_gradients",
+    "full_state_dict",
+    "rewrite",
+    "verify",
+]

@@ -67,6 +67,7 @@ _DROPPED = (  # run-time checks and profiler marks; what they check is checked b
 
 _TRACED = object()
 _Traceable = torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool
+_PLAIN = bool | int | float | complex | str | torch.dtype | torch.device | torch.memory_format | torch.layout | None
 _Rebuild = Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -152,7 +153,7 @@ class Captured:
                 why="autocast decides dtypes while the graph is made",
                 help="call and compile under the same torch.autocast, or compile a second time under this one",
             )
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+        leaves, spec = _flattened((tuple(args), dict(kwargs or {})))
         if spec != self.in_spec:
             leaves = self._rearranged(args, kwargs or {})
         tensors: list[torch.Tensor] = []
@@ -276,6 +277,19 @@ class Captured:
         return ", ".join(f"{self.inputs[i].path}.shape[{dim}] = {sizes[i][dim]}" for i, dim in dims)
 
 
+def _flattened(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """``pytree.tree_flatten``, for transformers' DynamicCache as well, which registers itself only on request."""
+    leaves, spec = pytree.tree_flatten(value)
+    if any(
+        type(leaf).__name__ == "DynamicCache" and type(leaf).__module__ == "transformers.cache_utils" for leaf in leaves
+    ):
+        from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+        register_dynamic_cache_export_support()
+        leaves, spec = pytree.tree_flatten(value)
+    return leaves, spec
+
+
 def _other_argument(path: str, expected: str, got: Any) -> CaptureError:
     shown = f"a tensor {list(got.shape)}" if isinstance(got, torch.Tensor) else repr(got)
     return CaptureError(
@@ -383,7 +397,15 @@ class _Flat(nn.Module):
 
     def forward(self, *flat: torch.Tensor) -> tuple[Any, ...]:
         args, kwargs = self.rebuild(flat)
-        leaves, self.trace.out_spec = pytree.tree_flatten(self.wrapped(*args, **kwargs))
+        leaves, self.trace.out_spec = _flattened(self.wrapped(*args, **kwargs))
+        for leaf in leaves:
+            if not isinstance(leaf, _Traceable | _PLAIN):
+                raise CaptureError(
+                    f"the model returns a {type(leaf).__name__}, neither a tensor nor a plain value",
+                    why="tensors inside it would be lost",
+                    help="return tensors in tuples, lists and dicts, or register the class with "
+                    "torch.export.register_dataclass; for a cache, pass use_cache=False",
+                )
         self.trace.outputs = [_TRACED if isinstance(leaf, _Traceable) else leaf for leaf in leaves]
         return tuple(leaf for leaf in leaves if isinstance(leaf, _Traceable))
 
@@ -419,8 +441,15 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         args, kwargs = default_inputs(model)
     _refuse_hooks(model)
     signature = inspect.signature(model.forward)
+    leaves, in_spec = _flattened((args, kwargs))
     paths = _leaf_paths(signature, args, kwargs)
-    leaves, in_spec = pytree.tree_flatten((args, kwargs))
+    for path, leaf in paths:
+        if not isinstance(leaf, torch.Tensor | _PLAIN):
+            raise CaptureError(
+                f"argument {path!r} is a {type(leaf).__name__}, neither a tensor nor a plain value",
+                why="tensors inside it would become constants of the graph",
+                help="pass its tensors themselves, or register the class with torch.export.register_dataclass",
+            )
     slots = tuple(
         _Slot(path, True) if isinstance(leaf, torch.Tensor) else _Slot(path, False, leaf)
         for (path, _), leaf in zip(paths, leaves, strict=True)

@@ -173,7 +173,8 @@ def join(chunks: Sequence[Tensor], dim: int, parts: Parts) -> Tensor:
         while at and ordered[at - 1][0] > piece[0]:
             at -= 1
         ordered.insert(at, piece)
-    return torch.cat([chunks[member].narrow(dim, offset, length) for _, member, offset, length in ordered], dim)
+    found = [chunks[member].narrow(dim, offset, length) for _, member, offset, length in ordered]
+    return torch.cat(found or [chunks[0].narrow(dim, 0, 0)], dim)
 
 
 def place(x: Tensor, dim: int, runs: Runs, base: Tensor) -> Tensor:
@@ -335,7 +336,7 @@ def _reduce_scatter(x: Tensor, dim: int, where: Where, group: str, owned: bool) 
     if dim == 0 and _in_order(parts, longest):
         stacked = x.contiguous()
     else:
-        stacked = torch.cat([_padded(pick(x, dim, runs), dim, longest) for runs in where])
+        stacked = torch.cat([_padded(pick(x, dim, runs), dim, longest) for runs in parts])
     if _traced(x):
         mine = _functional.wait_tensor(_functional.reduce_scatter_tensor(stacked, "sum", size, group))
     else:

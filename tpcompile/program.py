@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 import torch.fx
 
@@ -22,6 +23,7 @@ from tpcompile.sentence import Call, tensor_operands
 from tpcompile.structure import Atom, Pin, Term
 
 if TYPE_CHECKING:
+    from tpcompile.report import Collective, Line
     from tpcompile.spec import Claim, Spec
 
 
@@ -59,6 +61,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What one pass left behind, and how long it took."""
+
+    name: str
+    seconds: float
+    program: Program
+
+
+@dataclass(frozen=True)
 class Program:
     """See the module docstring. ``mesh`` and everything below it is filled in by the passes, top to bottom."""
 
@@ -76,11 +87,53 @@ class Program:
     early: frozenset[tuple[str, int]] = frozenset()  # (node, mesh axis) that run behind f
     table: Mapping[str, Row] = field(default_factory=dict[str, Row])
     emitted: bool = False
+    sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict[sympy.Symbol, int])  # at the example inputs
+    history: tuple[Stage, ...] = ()  # capture first, then the passes in order
 
     @property
     def graph(self) -> torch.fx.Graph:
         """The current graph."""
         return self.graph_module.graph
+
+    @property
+    def timings(self) -> Mapping[str, float]:
+        """Seconds of the capture and of every pass."""
+        return {stage.name: stage.seconds for stage in self.history}
+
+    @property
+    def stages(self) -> tuple[tuple[str, str, str], ...]:
+        """``(pass, text before, text after)`` for every pass that ran."""
+        texts = [stage.program.text() for stage in self.history]
+        names = [stage.name for stage in self.history]
+        return tuple(zip(names[1:], texts, texts[1:], strict=False))
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """Every collective of one step, at the sizes of the example inputs."""
+        from tpcompile.report import collectives_of
+
+        return collectives_of(self, self.sizes)
+
+    def lines(self) -> tuple[Line, ...]:
+        """One line per value."""
+        from tpcompile.report import lines
+
+        return lines(self)
+
+    def text(self) -> str:
+        """The program, one value a line."""
+        from tpcompile.report import text
+
+        return text(self)
+
+    def explain(self, name: str) -> str:
+        """Why a parameter, or the parameters of a module, are cut as they are."""
+        from tpcompile.explain import explain
+
+        return explain(self, name)
+
+    def __str__(self) -> str:
+        return self.text()
 
     def with_(self, **changes: Any) -> Program:
         return replace(self, **changes)

@@ -1,0 +1,68 @@
+"""How equal two runs are: relative errors with one rule for every check (verify, run, tests)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tpcompile.errors import TpcompileError
+
+GRADIENT_FLOOR = 1e-3
+"""A gradient that is zero but for rounding (the bias of attention's keys) has no digits of its own: errors are
+measured against at least this share of the largest gradient of the model."""
+
+
+def relative_error(expected: torch.Tensor, got: torch.Tensor, floor: float = 0.0) -> float:
+    """The largest difference over the largest expected value, or over ``floor`` if that is larger; NaN is infinite."""
+    if expected.shape != got.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, got) else float("inf")
+    matching = (expected == got) | (expected.isnan() & got.isnan())  # masks hold -inf, and inf - inf is NaN
+    if bool(matching.all()):
+        return 0.0
+    difference = torch.where(matching, torch.zeros_like(expected), expected - got).abs().max().item()
+    scale = max(largest([expected]), floor, torch.finfo(expected.dtype).tiny)
+    error = difference / scale
+    return error if error == error else float("inf")
+
+
+def gradient_errors(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
+    """The relative error of each gradient; one that is missing is infinitely wrong."""
+    floor = largest(expected.values()) * GRADIENT_FLOOR
+    return {
+        name: relative_error(gradient, got[name], floor) if name in got else float("inf")
+        for name, gradient in expected.items()
+    }
+
+
+def largest(tensors: Iterable[torch.Tensor]) -> float:
+    """The largest finite absolute value in the tensors; 0 if there are none."""
+    found = 0.0
+    for tensor in tensors:
+        if tensor.numel():
+            found = max(found, float(torch.nan_to_num(tensor.detach().abs(), nan=0.0, posinf=0.0).max()))
+    return found
+
+
+def differentiable(output: object) -> list[torch.Tensor]:
+    """The tensor leaves of an output through which a gradient may flow.
+
+    Raises:
+        TpcompileError: there is none, so a comparison of gradients would compare nothing.
+    """
+    leaves = [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
+    if not leaves:
+        what = "no output of the model depends on a parameter that requires a gradient"
+        raise TpcompileError(what, why="there would be nothing to compare", help="set requires_grad on a parameter")
+    return leaves
+
+
+def cotangents(leaves: Sequence[torch.Tensor], seed: int = 0) -> list[torch.Tensor]:
+    """Fixed random gradients for the outputs, the same for every run that is compared."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in leaves]

@@ -1,0 +1,110 @@
+"""From a model and a spec to a rewritten program: capture, then the pipeline of passes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpcompile.capture import Captured, capture
+from tpcompile.errors import ShardingError, SpecError
+from tpcompile.models import default_inputs
+from tpcompile.passes import PIPELINE
+from tpcompile.program import Pass, Program, Stage
+from tpcompile.report import sizes_at
+from tpcompile.spec import Spec, find_shipped, resolve
+
+SpecLike = Spec | str | os.PathLike[str] | None
+Inputs = Mapping[str, Any] | Sequence[Any] | None
+
+
+def rewrite(
+    model: nn.Module,
+    spec: SpecLike = None,
+    *,
+    degree: int,
+    example_inputs: Inputs = None,
+    pipeline: Sequence[Pass] = PIPELINE,
+) -> Program:
+    """The program that each of ``degree`` ranks runs in place of ``model``; no process group, no GPU.
+
+    Args:
+        model: any module, unmodified; it may live on the meta device.
+        spec: a path to a ``.tpspec``, a :class:`Spec`, or None for the shipped spec of the model's class.
+        degree: number of ranks.
+        example_inputs: keyword arguments as a dict, or positional ones as a tuple; transformers models have defaults.
+
+    Raises:
+        SpecError: the spec does not parse, or does not fit the model.
+        CaptureError: the model cannot be captured as one graph.
+        ShardingError: the spec asks for a cut that the graph or the degree does not allow.
+    """
+    check_degree(degree)
+    args, kwargs = call_arguments(model, example_inputs)
+    chosen = choose_spec(model, spec)
+    start = time.perf_counter()
+    captured = capture(model, args, kwargs)
+    seconds = time.perf_counter() - start
+    return rewrite_captured(captured, chosen, model, degree, (args, kwargs), pipeline, seconds)
+
+
+def rewrite_captured(
+    captured: Captured,
+    spec: Spec,
+    model: nn.Module,
+    degree: int,
+    inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
+    pipeline: Sequence[Pass] = PIPELINE,
+    seconds: float = 0.0,
+) -> Program:
+    """The pipeline on a model that is captured already; ``seconds`` is what the capture took."""
+    claims = resolve(
+        spec, captured.module_classes, list(captured.parameters), captured.aliases, getattr(model, "config", None)
+    )
+    program = Program(captured, captured.graph_module, degree, spec=spec, claims=claims)
+    program = program.with_(sizes=sizes_at(program, captured.flatten(*inputs)))
+    history = [Stage("capture", seconds, program)]
+    for step in pipeline:
+        start = time.perf_counter()
+        program = step(program)
+        history.append(Stage(step.__name__, time.perf_counter() - start, program))
+    return program.with_(history=tuple(history))
+
+
+def choose_spec(model: nn.Module, spec: SpecLike) -> Spec:
+    """The spec itself, the one in a file, or the shipped one for the model's class."""
+    if isinstance(spec, Spec):
+        return spec
+    if spec is None:
+        return find_shipped([c.__name__ for c in type(model).__mro__])
+    if isinstance(spec, (str, os.PathLike)):
+        return Spec.load(spec)
+    raise SpecError(  # pyright: ignore[reportUnreachable]
+        f"a spec is a path, a tpcompile.Spec or None, not {type(spec).__name__}",
+        help="for a text, use tpcompile.Spec.parse(text)",
+    )
+
+
+def call_arguments(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` of the example call."""
+    if example_inputs is None:
+        return default_inputs(model)
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    return tuple(example_inputs), {}
+
+
+def check_degree(degree: Any) -> None:
+    """Refuse what is no number of ranks."""
+    if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+        raise ShardingError(
+            f"the degree must be a whole number of at least 1, not {degree!r}",
+            why="it is the number of ranks that a model is cut over",
+            help="pass degree=2, or --tp 2",
+        )

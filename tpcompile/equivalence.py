@@ -1,0 +1,360 @@
+"""``verify``: the rewritten program against the model, all ranks in lock step in this process.
+
+Two comparisons. In the model's own precision, with the eager, untouched model: it shows that the capture is the model.
+In fp64 (the graph's own float32 upcasts widened), with the captured graph: it shows that the rewriting is exact, to
+1e-10, outputs and every gradient; and replicas must be bitwise equal among ranks. On failure the first node that
+differs is named, forwards by its value, backwards by its gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from tpcompile import shards
+from tpcompile.collectives import transition_of
+from tpcompile.compare import cotangents, differentiable, gradient_errors, largest, relative_error
+from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
+from tpcompile.errors import TpcompileError
+from tpcompile.placement import Placement
+from tpcompile.program import Program, where
+from tpcompile.report import Collective
+from tpcompile.simulate import Simulation
+from tpcompile.widen import widen
+
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``verify`` found.
+
+    Attributes:
+        ok: every check below holds.
+        output_error, gradient_error: worst relative errors in fp64, ranks against the captured graph.
+        native_output_error, native_gradient_error: the same in the model's own precision, ranks against the eager model.
+        replicas_equal: parameters' gradients that ranks hold in common are bitwise equal among them.
+        mismatch: the first difference in words, if there is one.
+        collectives: every collective of a step.
+        timings: seconds of the capture, of every pass, and of the comparison.
+    """
+
+    ok: bool
+    output_error: float
+    gradient_error: float
+    native_output_error: float
+    native_gradient_error: float
+    replicas_equal: bool
+    mismatch: str | None
+    collectives: tuple[Collective, ...]
+    timings: Mapping[str, float]
+
+
+@dataclass
+class Run:
+    """Outputs of one run and its gradients, by parameter name; those of inputs under ``input NAME``."""
+
+    outputs: list[Any]
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    replicas_equal: bool = True
+
+
+def verify(
+    model: nn.Module,
+    spec: SpecLike = None,
+    *,
+    degree: int,
+    example_inputs: Inputs = None,
+    tolerance: float = TOLERANCE,
+) -> Report:
+    """Prove that ``degree`` ranks compute what ``model`` does, forward and backward. One process, no GPU.
+
+    Args: as for :func:`tpcompile.rewrite`; ``tolerance`` bounds the relative fp64 errors.
+
+    Raises:
+        TpcompileError: the model cannot be rewritten (see :func:`tpcompile.rewrite`), or has no weights (meta device).
+    """
+    if any(p.is_meta for p in model.parameters()):
+        raise TpcompileError(
+            "verify needs weights: the model's parameters are on the meta device",
+            why="it runs the model",
+            help="build the model on the CPU (random weights will do)",
+        )
+    program = rewrite(model, spec, degree=degree, example_inputs=example_inputs)
+    return verify_program(program, model, example_inputs, tolerance=tolerance)
+
+
+def verify_program(
+    program: Program, model: nn.Module, example_inputs: Inputs = None, *, tolerance: float = TOLERANCE
+) -> Report:
+    """Compare an emitted program with the model that it was made from."""
+    start = time.perf_counter()
+    args, kwargs = call_arguments(model, example_inputs)
+    flat = program.captured.flatten(args, kwargs)
+    eager = _run_eager(model, args, kwargs)
+    native = _simulate(program, program.graph_module, flat, torch.Tensor.detach)
+    native_output, native_gradient = _errors(eager, native)
+    wide = [_widened(x) for x in flat]
+    reference = _run_graph(program, widen(program.captured.graph_module), wide)
+    exact = _simulate(program, widen(program.graph_module), wide, _widened)
+    output_error, gradient_error = _errors(reference, exact)
+    allowed = _allowed(program, eager)
+    replicas_equal = exact.replicas_equal and native.replicas_equal
+    mismatch = None
+    if output_error > tolerance or gradient_error > tolerance or not exact.replicas_equal:
+        mismatch = _first_difference(program, wide, tolerance, reference, exact)
+    elif native_output > allowed or native_gradient > allowed:
+        mismatch = (
+            f"in fp64 the ranks equal the captured graph, but in the model's own precision they differ from the eager "
+            f"model by {native_output:.1e} (outputs) and {native_gradient:.1e} (gradients)"
+        )
+    elif not replicas_equal:
+        mismatch = "gradients that ranks hold in common are not bitwise equal among them"
+    timings = {**program.timings, "compare": time.perf_counter() - start}
+    return Report(
+        mismatch is None,
+        output_error,
+        gradient_error,
+        native_output,
+        native_gradient,
+        replicas_equal,
+        mismatch,
+        program.collectives,
+        timings,
+    )
+
+
+def _allowed(program: Program, eager: Run) -> float:
+    """What rounding may do in the model's own precision: sqrt(eps) of its coarsest floating dtype."""
+    dtypes = {x.dtype for x in [*eager.outputs, *eager.gradients.values()] if isinstance(x, torch.Tensor)}
+    dtypes |= {p.dtype for p in program.captured.parameters.values()}
+    return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0) ** 0.5
+
+
+def _errors(expected: Run, got: Run) -> tuple[float, float]:
+    """Worst errors of outputs and gradients; NaN and missing ones are infinite."""
+    output = 0.0
+    for a, b in zip(expected.outputs, got.outputs, strict=True):
+        if isinstance(a, torch.Tensor):
+            output = max(output, relative_error(a, b) if isinstance(b, torch.Tensor) else math.inf)
+        elif a != b:
+            output = math.inf
+    surplus = {n: g for n, g in got.gradients.items() if n not in expected.gradients}
+    if largest(surplus.values()) > 0:
+        return output, math.inf
+    return output, max(gradient_errors(expected.gradients, got.gradients).values(), default=0.0)
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().double() if x.is_floating_point() else x.detach()
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """The same generator state for every run, and the caller's state untouched."""
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        yield
+
+
+def _backward(outputs: Sequence[Sequence[Any]]) -> None:
+    """Backward from every rank's differentiable outputs with the same fixed gradients."""
+    leaves: list[torch.Tensor] = []
+    grads: list[torch.Tensor] = []
+    for rank in outputs:
+        mine = differentiable(list(rank))
+        leaves += mine
+        grads += cotangents(mine)
+    torch.autograd.backward(leaves, grads)
+
+
+def _requires_grad(x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().clone()
+    return x.requires_grad_() if x.is_floating_point() else x
+
+
+def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
+    """The untouched model: its outputs' leaves and gradients; its buffers and gradients are left as they were."""
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    kept = {n: p.grad for n, p in model.named_parameters()}
+    inputs = pytree.tree_map_only(torch.Tensor, _requires_grad, (args, dict(kwargs)))
+    try:
+        for p in model.parameters():
+            p.grad = None
+        with _same_random_numbers():
+            leaves = list(pytree.tree_leaves(model(*inputs[0], **inputs[1])))
+            _backward([leaves])
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+        gradients |= {f"input {i}": x.grad for i, x in enumerate(tensors) if x.grad is not None}
+        return Run([_plain(x) for x in leaves], gradients)
+    finally:
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                b.copy_(buffers[n])
+        for n, p in model.named_parameters():
+            p.grad = kept[n]
+
+
+def _plain(x: Any) -> Any:
+    return x.detach() if isinstance(x, torch.Tensor) else x
+
+
+def _others(program: Program, convert: Any) -> dict[str, torch.Tensor]:
+    """Buffers and constants for one run: copies, so that a run that updates them leaves the model alone."""
+    found = {**program.captured.buffers, **program.captured.constants}
+    return {n: convert(x).clone() for n, x in found.items()}
+
+
+class _Reference(torch.fx.Interpreter):
+    """Runs a whole graph with the given parameters, telling ``see`` of every value."""
+
+    def __init__(self, module: torch.fx.GraphModule, attributes: Mapping[str, torch.Tensor], see: Any = None):
+        super().__init__(module, garbage_collect_values=see is None)
+        self.attributes = attributes
+        self.see = see
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.attributes[target] if target in self.attributes else super().fetch_attr(target)
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        if self.see is not None:
+            self.see(n, value)
+        return value
+
+
+def _run_graph(program: Program, module: torch.fx.GraphModule, flat: Sequence[torch.Tensor], see: Any = None) -> Run:
+    """The captured graph in fp64 on one device."""
+    parameters = {
+        n: p.detach().double().requires_grad_(p.requires_grad) for n, p in program.captured.parameters.items()
+    }
+    inputs = [_requires_grad(x) for x in flat]
+    with _same_random_numbers():
+        leaves = _Reference(module, {**parameters, **_others(program, _widened)}, see).run(*inputs)
+        _backward([list(leaves)])
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    gradients |= {f"input {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
+    return Run([_plain(x) for x in leaves], gradients)
+
+
+def _simulate(
+    program: Program, module: torch.fx.GraphModule, flat: Sequence[torch.Tensor], convert: Any, see: Any = None
+) -> Run:
+    """All ranks in lock step: rank 0's outputs, whole gradients, and whether the ranks agree on what they share."""
+    mesh = program.mesh
+    parameters = {n: convert(p).requires_grad_(p.requires_grad) for n, p in program.captured.parameters.items()}
+    ranks = shards.attributes(parameters, {}, program.parameters, mesh)
+    for mine in ranks:
+        mine |= _others(program, convert)
+    inputs = [[_requires_grad(x) for x in flat] for _ in ranks]
+    with _same_random_numbers():
+        simulation = Simulation(module, ranks=mesh.degree, groups=mesh.all_groups(), attributes=ranks)
+        outputs = simulation.run(inputs, on_node=see)
+        _backward(outputs)
+    gradients: dict[str, torch.Tensor] = {}
+    equal = True
+    for name in parameters:
+        parts = [mine[name].grad for mine in ranks]
+        if any(g is not None for g in parts):
+            filled = [torch.zeros_like(m[name]) if g is None else g for g, m in zip(parts, ranks, strict=True)]
+            dims = program.parameters[name]
+            gradients[name] = whole = shards.join(filled, dims, mesh)
+            equal &= all(torch.equal(shards.cut(whole, dims, mesh, r), g) for r, g in enumerate(filled))
+    for index, copies in enumerate(zip(*inputs, strict=True)):
+        if any(x.grad is not None for x in copies):
+            filled = [torch.zeros_like(x) if x.grad is None else x.grad for x in copies]
+            gradients[f"input {index}"] = filled[0]
+            equal &= all(torch.equal(filled[0], g) for g in filled)
+    for a, b in zip(outputs[0], outputs[-1], strict=True):
+        equal &= torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return Run([_plain(x) for x in outputs[0]], gradients, equal)
+
+
+# ------------------------------------------------------------------------------------------------ the first difference
+def _first_difference(
+    program: Program, flat: Sequence[torch.Tensor], tolerance: float, reference: Run, exact: Run
+) -> str:
+    """Where the ranks first leave the reference: by value going forwards, else by gradient going backwards."""
+    canonical = next(s.program for s in program.history if s.name == "canonicalize")
+    expected: dict[str, torch.Tensor] = {}
+
+    def remember(node: torch.fx.Node, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            expected[node.name] = value
+            if value.requires_grad and not value.is_leaf:
+                value.retain_grad()
+
+    seen: list[tuple[torch.fx.Node, list[torch.Tensor]]] = []
+
+    def see(node: torch.fx.Node, values: list[Any]) -> None:
+        if "origin" in node.meta and isinstance(node.meta.get("placement"), Placement):
+            seen.append((node, values))
+            for value in values:
+                if value.requires_grad and not value.is_leaf:
+                    value.retain_grad()
+
+    _run_graph(program, widen(canonical.graph_module), flat, remember)
+    _simulate(program, widen(program.graph_module), flat, _widened, see)
+    for node, values in seen:
+        want = expected.get(node.meta["origin"])
+        error = math.inf if want is None else _value_error(program, node, values, want)
+        if error > tolerance:
+            return f"value {_place(node)} differs by {error:.1e}"
+    scale = largest(g for x in expected.values() if (g := x.grad if x.requires_grad else None) is not None)
+    for node, values in reversed(seen):
+        want = expected[node.meta["origin"]]
+        if want.requires_grad and want.grad is not None and transition_of(node.target) is None:
+            error = _gradient_error(program, node, values, want.grad, scale)
+            if error > tolerance:
+                return f"gradient of {_place(node)} differs by {error:.1e}"
+    errors = gradient_errors(reference.gradients, exact.gradients)
+    name = max(errors, key=lambda n: errors[n], default=None)
+    if name is not None and errors[name] > tolerance:
+        return f"gradient of parameter {name} differs by {errors[name]:.1e}"
+    return "ranks disagree on a value that they hold in common"
+
+
+def _place(node: torch.fx.Node) -> str:
+    return f"{node.name}\n{where(node).render()}"
+
+
+def _value_error(program: Program, node: torch.fx.Node, values: list[torch.Tensor], want: torch.Tensor) -> float:
+    placed: Placement = node.meta["placement"]
+    return relative_error(want.detach(), _joined(program, placed, [v.detach() for v in values], "P"))
+
+
+def _gradient_error(
+    program: Program, node: torch.fx.Node, values: list[torch.Tensor], want: torch.Tensor, scale: float
+) -> float:
+    placed: Placement = node.meta["placement"]
+    grads = [torch.zeros_like(v) if v.grad is None else v.grad for v in values]
+    return relative_error(want, _joined(program, placed, grads, "H"), scale * 1e-3)
+
+
+def _joined(program: Program, placed: Placement, parts: list[torch.Tensor], partial: str) -> torch.Tensor:
+    """The whole value (or gradient) from the ranks' parts: partial letters are summed, cut ones joined."""
+    mesh = program.mesh
+    summed = [a for a, letter in enumerate(placed.letters) if letter == partial]
+    if summed:
+        groups = mesh.groups(summed)
+        parts = [
+            torch.stack([parts[m] for m in next(g for g in groups if rank in g)]).sum(0) for rank in range(mesh.degree)
+        ]
+    dims = [d for d in placed.dims]
+    from tpcompile.layout import Leaf, axes_of
+
+    known = [d if axes_of(d) else Leaf(n) for d, n in zip(dims, parts[0].shape, strict=True)]
+    return shards.join(parts, known, mesh)
+
+
+__all__ = ["Report", "verify", "verify_program"]
