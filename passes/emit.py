@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.fx
 
-from tpcompile import collectives
+from tpcompile import collectives, kernels
 from tpcompile.errors import ShardingError
 from tpcompile.layout import Layout, axes_of, drop, positions, relative_runs, whole_segments
 from tpcompile.localize import LocalCall, per_rank
@@ -182,16 +182,22 @@ class _Emitter:
         def by_dim(found: list[int], dims: Sequence[Layout]) -> list[tuple[int, list[int]]]:
             return [(d, [a for a in found if a in axes_of(x)]) for d, x in enumerate(dims) if set(found) & axes_of(x)]
 
-        for dim, over in by_dim(axes("P", "S"), want.dims):
+        # axes that newly cut one dim go together; segments that stay whole are cut locally, behind f
+        new = [{a for a in axes_of(x) if have.letters[a] != "S"} for x in want.dims]
+        mixed = {a for x, over in zip(want.dims, new, strict=True) for a in over if any(whole_segments(x, b) for b in over)}
+        alone = {a for over in new if all(have.letters[b] == "P" for b in over) for a in over - mixed}
+        for dim, over in by_dim([a for a in axes("P", "S") if a in alone], want.dims):
             go(over, "S", _with_dim(current.dims, dim, _only(want.dims[dim], axes_of(current.dims[dim]) | set(over))))
-        go([*axes("P", "R"), *axes("P", "H")], "R")
+        go([*axes("P", "R"), *axes("P", "H"), *axes("P", "S")], "R")
         for target in "RH":
             for dim, over in by_dim(axes("S", target), current.dims):
                 go(over, target, _with_dim(current.dims, dim, drop(current.dims[dim], over)))
         go(axes("H", "R") + axes("H", "P"), "R")
-        # an f that exists already makes the cut free
-        shared = [a for a in axes("R", "S") if (node, _letter(current, a, "H")) in self.made]
-        go([*axes("R", "H"), *shared], "H")
+        behind = set(axes("R", "H")) | (mixed if node.name in self.grads else set())
+        for over in new:  # an f that exists already makes the cut free
+            if any(current.letters[a] == "H" or (node, _letter(current, a, "H")) in self.made for a in over):
+                behind |= over
+        go([a for a in self.mesh.axes if a in behind and current.letters[a] == "R"], "H")
         for source in "RH":
             for dim, over in by_dim(axes(source, "S"), want.dims):
                 go(over, "S", _with_dim(current.dims, dim, _only(want.dims[dim], axes_of(current.dims[dim]) | set(over))))
@@ -218,10 +224,14 @@ class _Emitter:
             made = self.graph.call_function(function, (x, dim, self._parts(have, want, dim, changed), group))
         elif target == "S":
             dim = next(d for d, (a, b) in enumerate(zip(have.dims, want.dims, strict=True)) if a != b)
-            function = {"P": collectives.reduce_scatter, "R": collectives.scatter, "H": collectives.cut}[source]
-            if source == "R" and not has_grad:
-                function = collectives.cut
-            made = self.graph.call_function(function, (x, dim, self._parts(want, have, dim, changed), group))
+            if any(whole_segments(want.dims[dim], a) for a in changed):
+                held = [relative_runs(want.dims[dim], have.dims[dim], self.mesh, r) for r in range(self.mesh.degree)]
+                made = self.graph.call_function(kernels.take, (x, dim, per_rank(held)))
+            else:
+                function = {"P": collectives.reduce_scatter, "R": collectives.scatter, "H": collectives.cut}[source]
+                if source == "R" and not has_grad:
+                    function = collectives.cut
+                made = self.graph.call_function(function, (x, dim, self._parts(want, have, dim, changed), group))
         else:
             function = {
                 ("P", "R"): collectives.all_reduce,

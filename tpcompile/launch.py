@@ -228,9 +228,11 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _difference(first: Sequence[int], other: Sequence[int], text: str, other_text: str) -> str:
-    for number, (a, b) in enumerate(zip_longest(text.splitlines(), other_text.splitlines()), start=1):
-        if a != b:
-            have = "ends" if a is None else f"has {a.strip()!r}"
-            has = "ends" if b is None else f"has {b.strip()!r}"
-            return f"line {number} of the program: {_ranks(first)} {have}, {_ranks(other)} {has}"
+    for number, pair in enumerate(zip_longest(text.splitlines(), other_text.splitlines()), start=1):
+        if pair[0] != pair[1]:
+            have = [
+                f"{_ranks(ranks)} {'have' if len(ranks) > 1 else 'has'} {'no such line' if line is None else repr(line)}"
+                for ranks, line in zip((first, other), pair, strict=True)
+            ]
+            return f"line {number} of the program: {have[0]}, {have[1]}"
     return f"the short texts of {_ranks(first)} and {_ranks(other)} agree, the programs do not"

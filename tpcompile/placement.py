@@ -12,13 +12,14 @@ for one op what its operands must become and what its results then are.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tpcompile.layout import (
-    Layout, LayoutError, Leaf, Mesh, axes_of, concat, drop, product, regroup, same, size, split,
+    Layout, LayoutError, Leaf, Mesh, axes_of, concat, drop, product, regroup, same, size, split, whole_segments,
 )  # fmt: skip
-from tpcompile.sentence import Sentence
+from tpcompile.sentence import Label, Sentence
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def _join(a: Layout, b: Layout, mesh: Mesh, operand: int) -> Layout:
         return a
     for fine, coarse in ((a, b), (b, a)):
         extra = axes_of(fine) - axes_of(coarse)
-        if extra and axes_of(coarse) <= axes_of(fine) and same(drop(fine, extra), coarse, mesh):
-            return fine
+        if extra and axes_of(coarse) <= axes_of(fine):
+            with contextlib.suppress(LayoutError):  # cut over several axes as one: not a refinement
+                if same(drop(fine, extra), coarse, mesh):
+                    return fine
     raise PlacementError(f"it is cut as {a} by one operand and as {b} by another", operand)
 
 
@@ -135,19 +138,27 @@ def solve(
     joined |= {x for whole, parts in sentence.concats for x in (whole, *parts)}
     kept = {x for labels in sentence.results for x in labels} | joined
     active = [i for i in range(len(ins)) if i not in sentence.references]
+
+    def held(label: Label) -> frozenset[int]:
+        return axes_of(layouts[label]) if label in layouts else frozenset()
+
     for axis in mesh.axes:
-        cut = {x for labels in operand_labels for x in labels if x is not None and axis in axes_of(layouts.get(x, Leaf(1)))}
+        cut = {x for labels in operand_labels for x in labels if x is not None and axis in held(x)}
         partial = [i for i in active if ins[i].letters[axis] == "P"]
         if cut:
             _check_cut(sentence, cut, axis, layouts, joined, ins)
             for i in active:
                 wants[i][axis] = "S" if cut & {x for x in operand_labels[i] if x is not None} else "H"
             for r, labels in enumerate(sentence.results):
-                if any(x is not None and axis in axes_of(layouts.get(x, Leaf(1))) for x in labels):
+                if any(axis in held(x) for x in labels):
                     outs[r][axis] = "S"
                 else:
                     outs[r][axis] = "P" if sentence.sums and not cut & kept else "H"
             reason.append(_explain_cut(cut, layouts, outs, axis))
+            continue
+        if not active:  # a constant, cut where the value is that its shape is read from
+            for r, labels in enumerate(sentence.results):
+                outs[r][axis] = "S" if any(axis in held(x) for x in labels) else "R"
             continue
         if partial and keep and sentence.linear == "joint":
             for i in active:
@@ -164,7 +175,7 @@ def solve(
         behind = axis in early or any(ins[i].letters[axis] == "H" for i in active)
         for i in active:
             wants[i][axis] = "H" if behind else "R"
-        outs = [[*o[:axis], "H" if behind and active else "R", *o[axis + 1 :]] for o in outs]
+        outs = [[*o[:axis], "H" if behind else "R", *o[axis + 1 :]] for o in outs]
         if partial:
             reason.append("not linear in a partial sum: all-reduced first")
     for i in active:
@@ -192,8 +203,9 @@ def _check_cut(
     sentence: Sentence, cut: set[str], axis: int, layouts: dict[str, Layout], joined: set[str], ins: Sequence[Placement]
 ) -> None:
     def operand_of(label: str) -> int:
-        return next(i for i, labels in enumerate(sentence.operands) if label in labels and axis in axes_of(
-            ins[i].dims[labels.index(label)]) or label in labels)  # fmt: skip
+        having = [i for i, labels in enumerate(sentence.operands) if label in labels]
+        cutting = (i for i in having if axis in axes_of(ins[i].dims[sentence.operands[i].index(label)]))
+        return next(cutting, having[0])
 
     for label in sorted(cut):
         if label in sentence.whole:
@@ -204,9 +216,12 @@ def _check_cut(
         shown = ", ".join(str(layouts[x]) for x in sorted(cut))
         raise PlacementError(f"two of its axes ({shown}) are cut over the same ranks", operand_of(sorted(cut)[-1]))
     summed = cut - results - joined
-    if summed and not sentence.sums:
-        label = sorted(summed)[0]
-        raise PlacementError(f"the axis cut as {layouts[label]} does not reach its result", operand_of(label))
+    for label in sorted(summed):
+        if not sentence.sums:
+            raise PlacementError(f"the axis cut as {layouts[label]} does not reach its result", operand_of(label))
+        if whole_segments(layouts[label], axis):
+            why = f"a sum over {layouts[label]} would add the segments that every rank holds once per rank"
+            raise PlacementError(why, operand_of(label))
 
 
 def _explain_cut(cut: set[str], layouts: dict[str, Layout], outs: list[list[str]], axis: int) -> str:

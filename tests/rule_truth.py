@@ -1,0 +1,516 @@
+"""The truth of an op rule: cut the operands of a sample call in every way, run it per rank as emitted, join, compare.
+
+A call becomes a program of one node. For every assignment of placements to its operands, `solve` either refuses or
+says what the results are; then the emitted code runs on all ranks in lock step, each operand given in its state (its
+part, a partial sum, the same value), and the results must have theirs. Backward likewise: every result receives its
+gradient in the state that belongs to it, and every operand's must come out in its own. Knows no op by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.fx
+from torch import Tensor
+
+from tpcompile.errors import ShardingError
+from tpcompile.layout import Layout, Leaf, Mesh, axes_of, concat, positions, product, same, size
+from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
+from tpcompile.program import Program, Row
+from tpcompile.rules import Rule, op_name
+from tpcompile.sentence import Sentence
+from tpcompile.simulate import Simulation
+
+TOLERANCE = 1e-12
+EMISSION = importlib.import_module("tpcompile.passes.emit")  # the package gives the function of that name
+
+# ---------------------------------------------------------------------------------------------- a sample call
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor operand of a sample: drawn uniformly from ``[low, high)``; ``order`` is its dims' order in memory."""
+
+    shape: tuple[int, ...]
+    low: float = -1.5
+    high: float = 1.5
+    dtype: torch.dtype = torch.float64
+    order: tuple[int, ...] | None = None
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        if self.dtype.is_floating_point:
+            x = torch.empty(self.shape, dtype=self.dtype).uniform_(self.low, self.high, generator=generator)
+        else:
+            x = torch.randint(int(self.low), int(self.high), self.shape, generator=generator).to(self.dtype)
+        return in_memory_order(x, self.order)
+
+
+@dataclass(frozen=True)
+class Number:
+    """An integer argument that the graph computes, as a symbolic size is."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op; ``args`` and ``kwargs`` hold `Given` where a tensor goes and `Number` for a computed size."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    degrees: tuple[int, ...] = (2, 3)
+
+    def __str__(self) -> str:
+        def shown(x: Any) -> str:
+            match x:
+                case Given():
+                    kind = "" if x.dtype == torch.float64 else str(x.dtype).removeprefix("torch.")
+                    return kind + str(list(x.shape))
+                case Number():
+                    return f"n={x.value}"
+                case list() | tuple():
+                    return "[" + ", ".join(map(shown, x)) + "]"
+                case _:
+                    return str(x).removeprefix("torch.")
+
+        given = [shown(x) for x in self.args] + [f"{k}={shown(x)}" for k, x in self.kwargs.items()]
+        return f"{self.op}({', '.join(given)})"
+
+
+def in_memory_order(x: Tensor, order: Sequence[int] | None) -> Tensor:
+    """``x`` with its dims laid out in ``order``, outermost first."""
+    if order is None:
+        return x
+    return x.permute(*order).contiguous().permute(*(order.index(d) for d in range(x.dim())))
+
+
+class Case:
+    """A sample as a graph of one node, with the dense results and gradients to compare with."""
+
+    def __init__(self, sample: Sample):
+        self.sample = sample
+        self.graph = torch.fx.Graph()
+        self.inputs: list[Any] = []
+        placeholders: list[torch.fx.Node] = []
+        generator = torch.Generator().manual_seed(7)
+
+        def place(value: Any) -> Any:
+            match value:
+                case Given() | Number():
+                    node = self.graph.placeholder(f"x{len(placeholders)}")
+                    real = value.draw(generator) if isinstance(value, Given) else value.value
+                    node.meta["val"] = real
+                    placeholders.append(node)
+                    self.inputs.append(real)
+                    return node
+                case list() | tuple():
+                    return [place(x) for x in value]
+                case _:
+                    return value
+
+        args = tuple(place(x) for x in sample.args)
+        kwargs = {k: place(x) for k, x in sample.kwargs.items()}
+        namespace, name, overload = sample.op.split(".")
+        target = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+        self.node = self.graph.call_function(target, args, kwargs)
+        leaves = [x.clone().requires_grad_() if _differentiable(x) else x for x in self.inputs]
+        given = dict(zip(placeholders, leaves, strict=True))
+        torch.manual_seed(11)
+        made = target(*torch.fx.map_arg(args, given.__getitem__), **torch.fx.map_arg(kwargs, given.__getitem__))
+        self.node.meta["val"] = made
+        self.several = isinstance(made, (tuple, list))
+        self.outputs: list[Tensor] = [x.detach() for x in (made if self.several else [made])]
+        self.results = [self.node]
+        if self.several:
+            self.results = [self.graph.call_function(operator.getitem, (self.node, i)) for i in range(len(made))]
+            for node, value in zip(self.results, made, strict=True):
+                node.meta["val"] = value
+        self.seeds = [
+            torch.empty_like(y).uniform_(-1, 1, generator=generator) if y.is_floating_point() else None
+            for y in self.outputs
+        ]
+        loss = _loss(made if self.several else [made], self.seeds)
+        if loss is not None:
+            loss.backward()
+        self.grads: list[Tensor | None] = [
+            (torch.zeros_like(x) if x.grad is None else x.grad) if _differentiable(x) else None for x in leaves
+        ]
+        self.graph.output(())
+        self.module = torch.fx.GraphModule(torch.nn.Module(), self.graph)
+        self.tensors = [i for i, x in enumerate(self.inputs) if isinstance(x, Tensor)]
+
+    def program(self, mesh: Mesh, table: Mapping[str, Row]) -> Program:
+        captured: Any = SimpleNamespace(size=int, parameters={}, buffers={}, constants={})
+        return Program(captured, self.module, mesh.degree, mesh=mesh, table=table)
+
+    def sentence(self, rule: Rule) -> Sentence:
+        return rule.sentence(self.program(Mesh((1,)), {}).call(self.node))
+
+
+def _differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _loss(outputs: Iterable[Tensor], seeds: Iterable[Tensor | None]) -> Tensor | None:
+    terms = [(y * s).sum() for y, s in zip(outputs, seeds, strict=True) if s is not None and y.requires_grad]
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+# ---------------------------------------------------------------------------------------------- all placements
+
+
+def cut_layouts(n: int, mesh: Mesh, axis: int = 0) -> list[Layout]:
+    """The ways to cut ``n`` positions over one mesh axis, no rank left empty-handed: contiguous, as the major, minor
+    or middle factor of a product, and as segments that are cut or held whole."""
+    degree = mesh.sizes[axis]
+    found: list[Layout] = []
+
+    def add(layout: Layout) -> None:
+        if not any(same(layout, other, mesh) for other in found):
+            found.append(layout)
+
+    def leaf(k: int) -> Leaf:
+        return Leaf(k, (axis,))
+
+    if n >= degree:
+        add(leaf(n))
+    factors = [(a, n // a) for a in range(2, n) if n % a == 0]
+    for a, b in factors:
+        if a >= degree:
+            add(product([leaf(a), Leaf(b)]))
+        if b >= degree:
+            add(product([Leaf(a), leaf(b)]))
+        for c in range(2, b):
+            if b % c == 0 and c >= degree:
+                add(product([Leaf(a), leaf(c), Leaf(b // c)]))
+    if n > degree:
+        add(concat([leaf(degree), Leaf(n - degree)]))
+        add(concat([Leaf(n - degree), leaf(degree)]))
+    if n > 2 * degree:
+        add(concat([leaf(degree), leaf(n - degree)]))
+        add(concat([leaf(degree), Leaf(n - 2 * degree), leaf(degree)]))
+    return found
+
+
+def placements(x: Tensor, mesh: Mesh) -> list[Placement]:
+    """Every placement of a value on a mesh of one axis: R, H, P, and each way to cut each dim."""
+    found = [uncut(x.shape, mesh, letter) for letter in _letters(x)]
+    for d, n in enumerate(x.shape):
+        for layout in cut_layouts(n, mesh):
+            found.append(cut_as([layout if i == d else Leaf(m) for i, m in enumerate(x.shape)], mesh))
+    return found
+
+
+def _letters(x: Tensor) -> str:
+    return "RH" if x.dtype == torch.bool else "RHP"
+
+
+def grid_placements(x: Tensor, mesh: Mesh) -> list[Placement]:
+    """Placements on a mesh of two axes: for each axis a letter or a dim, and the ways to share a dim."""
+    found: list[Placement] = []
+    for first, second in itertools.product([*_letters(x), *range(x.dim())], repeat=2):
+        layouts: list[list[Layout]] = [[Leaf(n)] for n in x.shape]
+        if first == second and isinstance(first, int):
+            n, (a, b) = x.shape[first], mesh.sizes
+            layouts[first] = [Leaf(n, (0, 1))] if n >= a * b else []
+            layouts[first] += [product([Leaf(k, (0,)), Leaf(n // k, (1,))]) for k in range(a, n) if n % k == 0 and n // k >= b]
+            layouts[first] += [concat([Leaf(k, (0,)), Leaf(n - k, (1,))]) for k in range(a, n - b + 1)][:1]
+        else:
+            for axis, choice in ((0, first), (1, second)):
+                if isinstance(choice, int):
+                    n = x.shape[choice]
+                    layouts[choice] = [Leaf(n, (axis,))] if n >= mesh.sizes[axis] else []
+        letter = {a: c for a, c in enumerate((first, second)) if isinstance(c, str)}
+        for dims in itertools.product(*layouts):
+            found.append(Placement(tuple(letter.get(a, "S") for a in mesh.axes), dims))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- values in their states
+
+
+def _groups(mesh: Mesh, axes: Iterable[int]) -> list[list[int]]:
+    chosen = set(axes)
+    return mesh.groups(chosen) if chosen else [[r] for r in range(mesh.degree)]
+
+
+def _local(x: Tensor, placed: Placement, mesh: Mesh, rank: int) -> Tensor:
+    for d, layout in enumerate(placed.dims):
+        if axes_of(layout):
+            x = x.index_select(d, torch.from_numpy(positions(layout, mesh, rank)))
+    return x
+
+
+def _assembled(parts: Sequence[Tensor], placed: Placement, mesh: Mesh, ranks: Sequence[int]) -> Tensor:
+    """The sum of what ``ranks`` hold, each part at its positions."""
+    total = torch.zeros([size(x) for x in placed.dims], dtype=parts[0].dtype)
+    for part, rank in zip(parts, ranks, strict=True):
+        held = [positions(x, mesh, rank) for x in placed.dims]
+        if list(part.shape) != [len(h) for h in held]:
+            raise AssertionError(f"rank {rank} holds {list(part.shape)}, {placed} says {[len(h) for h in held]}")
+        if held:
+            total[np.ix_(*held)] += part
+        else:
+            total += part
+    return total
+
+
+def given_values(x: Tensor, placed: Placement, mesh: Mesh, generator: torch.Generator) -> list[Tensor]:
+    """``x`` on every rank in the state ``placed``: its part; over P axes, terms that add up to it."""
+    locals_ = [_local(x, placed, mesh, r) for r in range(mesh.degree)]
+    partial = [a for a, letter in enumerate(placed.letters) if letter == "P"]
+    for group in _groups(mesh, partial) if partial else []:
+        rest = locals_[group[0]].clone()
+        for rank in group[1:]:
+            term = torch.empty_like(rest, dtype=torch.float64).uniform_(-2, 2, generator=generator).to(x.dtype)
+            locals_[rank], rest = term, rest - term
+        locals_[group[0]] = rest
+    return [y.clone() for y in locals_]
+
+
+def given_gradients(g: Tensor, placed: Placement, mesh: Mesh, generator: torch.Generator) -> list[Tensor]:
+    """The gradient of a value in the state ``placed``: over H and S axes, terms that add up to ``g`` where they meet."""
+    seeds = [torch.zeros(())] * mesh.degree
+    for group in _groups(mesh, _summed(placed)):
+        ones = [torch.ones_like(_local(g, placed, mesh, r)) for r in group]
+        noise = [torch.empty_like(x).uniform_(-1, 1, generator=generator) for x in ones]
+        count = _assembled(ones, placed, mesh, group)
+        missing = (g - _assembled(noise, placed, mesh, group)) / count.clamp(min=1)
+        for rank, term in zip(group, noise, strict=True):
+            seeds[rank] = term + _local(missing, placed, mesh, rank)
+    return seeds
+
+
+def _summed(placed: Placement) -> list[int]:
+    return [a for a, letter in enumerate(placed.letters) if letter in "HS"]
+
+
+def wrong_value(parts: Sequence[Tensor], placed: Placement, mesh: Mesh, whole: Tensor) -> str | None:
+    """What is wrong with a value that claims to be ``whole`` in the state ``placed``."""
+    partial = [a for a, letter in enumerate(placed.letters) if letter == "P"]
+    for group in _groups(mesh, partial):
+        expected = _local(whole, placed, mesh, group[0])
+        got = parts[group[0]]
+        for rank in group[1:]:
+            got = got + parts[rank]
+        if error := _differs(got, expected):
+            return f"ranks {group}: {error}"
+    return None
+
+
+def wrong_gradient(parts: Sequence[Tensor | None], placed: Placement, mesh: Mesh, whole: Tensor) -> str | None:
+    """What is wrong with the gradients of an operand in the state ``placed``; a missing one is zero."""
+    filled = [torch.zeros_like(_local(whole, placed, mesh, r)) if g is None else g for r, g in enumerate(parts)]
+    for group in _groups(mesh, _summed(placed)):
+        if error := _differs(_assembled([filled[r] for r in group], placed, mesh, group), whole):
+            return f"ranks {group}: {error}"
+    return None
+
+
+def _differs(got: Tensor, expected: Tensor) -> str | None:
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return f"{list(got.shape)} {got.dtype}, expected {list(expected.shape)} {expected.dtype}"
+    if not expected.is_floating_point():
+        return None if torch.equal(got, expected) else "other values"
+    scale = max(1.0, float(expected.abs().nan_to_num(0, 0, 0).max())) if expected.numel() else 1.0
+    if torch.allclose(got, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True):
+        return None
+    return f"off by {float((got - expected).abs().max()):.1e}"
+
+
+# ---------------------------------------------------------------------------------------------- the test itself
+
+
+@dataclass
+class Report:
+    """What was tried: calls refused (by reason), calls run (of which with something cut or partial), and failures."""
+
+    tried: int = 0
+    refused: Counter[str] = field(default_factory=Counter[str])
+    ran: int = 0
+    cut: int = 0
+    failures: list[str] = field(default_factory=list[str])
+
+    def __add__(self, other: Report) -> Report:
+        return Report(
+            self.tried + other.tried,
+            self.refused + other.refused,
+            self.ran + other.ran,
+            self.cut + other.cut,
+            self.failures + other.failures,
+        )
+
+
+def typing_errors(sentence: Sentence, solution: Solution, case: Case, mesh: Mesh) -> Iterator[str]:
+    """Breaches of the typing rule: on every axis all differentiable operands are R, and the results, or none is."""
+    for placed, value in [
+        *zip(solution.operands, (case.inputs[i] for i in case.tensors), strict=True),
+        *zip(solution.results, case.outputs, strict=True),
+    ]:
+        if tuple(size(x) for x in placed.dims) != tuple(value.shape):
+            yield f"{placed} is not of shape {list(value.shape)}"
+        for axis in mesh.axes:
+            if (placed.letters[axis] == "S") != any(axis in axes_of(x) for x in placed.dims):
+                yield f"the letters of {placed} disagree with its dims"
+    for axis in mesh.axes:
+        read = [
+            solution.operands[i].letters[axis]
+            for i, at in enumerate(case.tensors)
+            if i not in sentence.references and _differentiable(case.inputs[at])
+        ]
+        made = [p.letters[axis] for p, y in zip(solution.results, case.outputs, strict=True) if _differentiable(y)]
+        if not read or not made:
+            continue
+        if any(x == "R" for x in read) and any(x != "R" for x in [*read, *made]):
+            yield f"operands {read} make results {made} on axis {axis}"
+        if all(x != "R" for x in read) and any(x == "R" for x in made):
+            yield f"operands {read} make results {made} on axis {axis}"
+
+
+def run(
+    rule: Rule, case: Case, sentence: Sentence, ins: Sequence[Placement], mesh: Mesh, **options: Any
+) -> tuple[Solution | None, str | None]:
+    """One assignment of placements: (solution, or None if refused; what is wrong, or the reason of the refusal)."""
+    try:
+        solution = solve(sentence, ins, mesh, **options)
+    except PlacementError as error:
+        return None, str(error)
+    for error in typing_errors(sentence, solution, case, mesh):
+        return solution, error
+    operands = [n for n in case.graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)]
+    table = {n.name: Row((), (p,), (p,), "given") for n, p in zip(operands, ins, strict=True)}
+    table[case.node.name] = Row(solution.operands, solution.results, solution.results, solution.reason)
+    if case.several:
+        table |= {n.name: Row((), (p,), (p,), "") for n, p in zip(case.results, solution.results, strict=True)}
+    try:
+        with mock.patch.object(EMISSION, "RULES", {rule.op: rule}):
+            emitted = EMISSION.emit(case.program(mesh, table)).graph_module
+    except ShardingError as error:
+        return None, error.why or error.what
+    last = {str(n.meta["origin"]): n for n in emitted.graph.nodes if "origin" in n.meta}
+    emitted.graph.output_node().args = (tuple(last[n.name] for n in case.results),)
+    generator = torch.Generator().manual_seed(13)
+    inputs: list[list[Any]] = [[] for _ in range(mesh.degree)]
+    placed = dict(zip(case.tensors, ins, strict=True))
+    for i, x in enumerate(case.inputs):
+        values = given_values(x, placed[i], mesh, generator) if i in placed else [x] * mesh.degree
+        order = _order(case.sample, i)
+        for mine, value in zip(inputs, values, strict=True):
+            value = in_memory_order(value, order) if isinstance(value, Tensor) else value
+            mine.append(value.requires_grad_() if _differentiable(value) else value)
+    torch.manual_seed(11)
+    made = Simulation(emitted, mesh.degree, mesh.all_groups()).run(inputs)
+    for i, (whole, p) in enumerate(zip(case.outputs, solution.results, strict=True)):
+        if error := wrong_value([mine[i].detach() for mine in made], p, mesh, whole):
+            return solution, f"result {i} as {p}, {error}"
+    seeds = [
+        [None] * mesh.degree if g is None else given_gradients(g, p, mesh, generator)
+        for g, p in zip(case.seeds, solution.results, strict=True)
+    ]
+    losses = [_loss(mine, [s[rank] for s in seeds]) for rank, mine in enumerate(made)]
+    present = [x for x in losses if x is not None]
+    if present:
+        sum(present[1:], present[0]).backward()
+    for i, p in placed.items():
+        whole = case.grads[i]
+        if whole is not None and (error := wrong_gradient([mine[i].grad for mine in inputs], p, mesh, whole)):
+            return solution, f"gradient of operand {case.tensors.index(i)} as {p}, {error}"
+    return solution, None
+
+
+def _order(sample: Sample, index: int) -> tuple[int, ...] | None:
+    def leaves(x: Any) -> Iterator[Given | Number]:
+        if isinstance(x, (Given, Number)):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            for item in x:  # pyright: ignore[reportUnknownVariableType]
+                yield from leaves(item)
+
+    found = [y for x in (*sample.args, *sample.kwargs.values()) for y in leaves(x)][index]
+    return found.order if isinstance(found, Given) else None
+
+
+def assignments(case: Case, mesh: Mesh, limit: int | None = None) -> Iterator[tuple[Placement, ...]]:
+    """All placements of all operands. More than ``limit``: those that cut at most two operands in the same way."""
+    every = grid_placements if len(mesh.sizes) > 1 else placements
+    choices = [every(case.inputs[i], mesh) for i in case.tensors]
+    found = itertools.product(*choices)
+    if limit is not None and math.prod(map(len, choices)) > limit:
+        found = itertools.islice(_spread(found, math.prod(map(len, choices)), limit), limit)
+    yield from found
+
+
+def _spread(items: Iterable[tuple[Placement, ...]], total: int, limit: int) -> Iterator[tuple[Placement, ...]]:
+    step = total // limit + 1
+    while math.gcd(step, total) != 1:
+        step += 1
+    yield from itertools.islice(items, 0, None, step)
+
+
+def check(
+    rule: Rule,
+    samples: Iterable[Sample],
+    *,
+    meshes: Callable[[Sample], Iterable[Mesh]] = lambda s: [Mesh((d,)) for d in s.degrees],
+    limit: int | None = None,
+    first_only: bool = False,
+) -> Report:
+    """Try every layout of every sample on every mesh."""
+    report = Report()
+    for sample in samples:
+        case = Case(sample)
+        try:
+            sentence = case.sentence(rule)
+        except ValueError as error:
+            report.tried += 1
+            report.refused[str(error)] += 1
+            continue
+        for mesh in meshes(sample):
+            for ins in assignments(case, mesh, limit):
+                for options in _options(ins, mesh):
+                    report.tried += 1
+                    try:
+                        solution, error = run(rule, case, sentence, ins, mesh, **options)
+                    except Exception as raised:  # noqa: BLE001  whatever the emitted code raises is a failure of the rule
+                        solution, error = None, f"{type(raised).__name__}: {raised}"
+                        report.failures.append(_told(sample, ins, mesh, options, error))
+                    else:
+                        if solution is None:
+                            report.refused[error or ""] += 1
+                            continue
+                        report.ran += 1
+                        report.cut += any(set(p.letters) & {"S", "P"} for p in solution.operands)
+                        if error is not None:
+                            report.failures.append(_told(sample, ins, mesh, options, error))
+                    if first_only and report.failures:
+                        return report
+    return report
+
+
+def _options(ins: Sequence[Placement], mesh: Mesh) -> Iterator[dict[str, Any]]:
+    yield {}
+    letters = {x for p in ins for x in p.letters}
+    if "P" in letters:
+        yield {"keep": True}
+    if letters == {"R"}:
+        yield {"early": frozenset(mesh.axes)}
+
+
+def _told(sample: Sample, ins: Sequence[Placement], mesh: Mesh, options: Mapping[str, Any], error: str) -> str:
+    given = ", ".join(map(str, ins))
+    return f"{sample}: operands {given} on mesh {mesh.sizes} {dict(options) or ''}: {error}"
+
+
+__all__ = ["Case", "Given", "Number", "Report", "Sample", "check", "op_name", "run"]

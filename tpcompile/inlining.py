@@ -1,0 +1,412 @@
+"""Inlining: the graph that torch.export leaves becomes one flat graph of our own.
+
+Regions under torch.no_grad and torch.autocast are inlined and what they meant is written out (detach, casts), names are
+canonical, run-time checks and dead code are dropped, and every node carries its module path and the model's own line.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpcompile.errors import CaptureError
+from tpcompile.tracing import TRACED, Trace, quiet, source
+
+_DROPPED = (  # run-time checks and profiler marks; what the checks say of sizes is checked by `Captured.flatten`
+    "aten::_assert_tensor_metadata",
+    "aten::_assert_scalar",
+    "aten::_assert_async",
+    "aten::sym_constrain_range",
+    "aten::sym_constrain_range_for_size",
+    "profiler::_record_function_enter",
+    "profiler::_record_function_enter_new",
+    "profiler::_record_function_exit",
+)
+
+
+@dataclass(frozen=True)
+class Names:
+    """Canonical names: the first one that ``named_parameters()`` gives; ties are found by identity."""
+
+    parameters: dict[str, nn.Parameter | torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    aliases: dict[str, str]  # every name -> canonical name
+
+    @staticmethod
+    def of(model: nn.Module) -> Names:
+        """The names in ``model``, as it is now."""
+        canonical: dict[int, str] = {}
+        aliases: dict[str, str] = {}
+        parameters: dict[str, nn.Parameter | torch.Tensor] = dict(model.named_parameters())
+        buffers = dict(model.named_buffers())
+        for name, value in (*parameters.items(), *buffers.items()):
+            canonical.setdefault(id(value), name)
+        every = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for name, value in (pair for pairs in every for pair in pairs):
+            aliases[name] = canonical[id(value)]
+        return Names(parameters, buffers, aliases)
+
+
+@dataclass(frozen=True)
+class _Regime:
+    """The modes under which a piece of the model's code runs; in the flat graph they are written out."""
+
+    grad: bool
+    autocast: Mapping[str, torch.dtype]  # device type -> dtype
+
+
+class _Copier:
+    """Copies an exported graph into a flat graph of our own: regions inlined, names canonical, dead code left out."""
+
+    def __init__(
+        self, model: nn.Module, trace: _Trace, names: _Names, paths: list[str], autocast: dict[str, torch.dtype]
+    ):
+        self.model = model
+        self.trace = trace
+        self.names = names
+        self.paths = paths
+        self.regime = _Regime(True, autocast)
+        self.graph = fx.Graph()
+        self.tensors: dict[str, torch.Tensor] = {}  # get_attr target -> tensor
+        self.constants: dict[str, torch.Tensor] = {}
+        self.placeholders: list[fx.Node] = []
+        self.attributes: dict[str, fx.Node] = {}
+        self.detached: dict[fx.Node, fx.Node] = {}
+        self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+
+    def graph_module(self) -> fx.GraphModule:
+        """The flat graph; its output has one element per output leaf of the model."""
+        program = self.trace.program
+        inputs = program.graph.find_nodes(op="placeholder")
+        specs = program.graph_signature.input_specs
+        env: dict[fx.Node, Any] = {}
+        names = _identifiers(self.paths)
+        for node, spec in zip(inputs, specs, strict=True):
+            if spec.kind is InputKind.USER_INPUT:
+                placeholder = self.graph.placeholder(names[len(self.placeholders)])
+                placeholder.meta.update(val=_settled(node.meta["val"]), module="", modules=(), source=None)
+                self.placeholders.append(placeholder)
+                env[node] = placeholder
+        for node, spec in zip(inputs, specs, strict=True):
+            if spec.kind is InputKind.CUSTOM_OBJ:
+                raise CaptureError(
+                    f"{spec.target} is not a tensor, and a graph can hold nothing else",
+                    why="script objects and custom classes cannot be traced",
+                )
+            if spec.kind is not InputKind.USER_INPUT:
+                env[node] = self.attribute(str(spec.target), node)
+        outputs = iter(self.copy(program.graph_module, env, self.regime))
+        leaves = [next(outputs) if leaf is _TRACED else leaf for leaf in self.trace.outputs]
+        self.graph.output(tuple(leaves)).meta.update(val=None, module="", modules=(), source=None)
+        self.drop_dead()
+        used = {str(node.target): self.tensors[str(node.target)] for node in self.graph.find_nodes(op="get_attr")}
+        self.constants = {name: tensor for name, tensor in self.constants.items() if name in used}
+        graph_module = fx.GraphModule(used, self.graph, class_name=type(self.model).__name__)
+        graph_module.training = self.model.training
+        self.graph.lint()
+        return graph_module
+
+    def attribute(self, target: str, source: fx.Node) -> fx.Node:
+        """The get_attr node of a parameter, buffer or constant, under its canonical name."""
+        name = target.removeprefix("wrapped.")
+        name = self.names.aliases.get(name, name)
+        if name in self.attributes:
+            return self.attributes[name]
+        tensor = self.names.parameters.get(name, self.names.buffers.get(name))
+        if tensor is None:
+            tensor = _own_attribute(self.model, name)
+            if tensor is None:
+                name, tensor = f"_lifted.{len(self.constants)}", self.trace.program.constants[target]
+            if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
+                raise CaptureError(
+                    f"{type(self.model).__name__} cannot be captured: a tensor in its forward escapes the trace",
+                    where=next((where for user in source.users if (where := _source(user))), None),
+                    why="it is made in a way that the tracer does not see, such as x.data",
+                    help="use x.detach() in place of x.data",
+                )
+            self.constants[name] = tensor
+        self.tensors[name] = tensor
+        with self.graph.inserting_after(
+            next(reversed(self.attributes.values()), self.placeholders[-1] if self.placeholders else None)
+        ):
+            node = self.graph.create_node("get_attr", name, name=re.sub(r"\W", "_", name))
+        node.meta.update(val=_settled(source.meta["val"]), module=name.rpartition(".")[0], modules=(), source=None)
+        self.attributes[name] = node
+        return node
+
+    def copy(self, source: fx.GraphModule, env: dict[fx.Node, Any], regime: _Regime) -> tuple[Any, ...]:
+        """Copy the body of ``source``; ``env`` holds its placeholders; returns its outputs."""
+        for node in source.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                returned = node.args[0]
+                return fx.node.map_arg(
+                    (returned,) if isinstance(returned, fx.Node) else tuple(returned), env.__getitem__
+                )
+            if node.op == "get_attr":
+                env[node] = getattr(source, node.target)
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                env[node] = self.region(node, env, regime)
+            elif node.target is operator.getitem and isinstance(env[node.args[0]], tuple):
+                env[node] = env[node.args[0]][node.args[1]]
+            elif not (isinstance(node.target, torch._ops.OpOverload) and _name(node.target) in _DROPPED):
+                env[node] = self.call(node, env, regime)
+        raise AssertionError("a graph without output")
+
+    def region(self, node: fx.Node, env: dict[fx.Node, Any], regime: _Regime) -> tuple[Any, ...]:
+        """Inline a grad-mode or autocast region."""
+        outer = regime
+        match str(node.target), node.args:
+            case "wrap_with_set_grad_enabled", (enabled, body, *operands):
+                regime = replace(regime, grad=bool(enabled))
+            case "wrap_with_autocast", (str(kind), dtype, enabled, _, body, *operands):
+                others = {other: dtype for other, dtype in regime.autocast.items() if other != kind}
+                now = {kind: dtype or torch.get_autocast_dtype(kind)} if enabled else {}
+                regime = replace(regime, autocast=others | now)
+            case name, _:
+                raise CaptureError(
+                    f"{type(self.model).__name__} cannot be captured: torch's {name!r} is not supported",
+                    where=_source(node),
+                    why="its branches or bodies are graphs of their own, which are not rewritten",
+                    help="write it with plain tensor ops, such as torch.where",
+                )
+        inner = env[body]
+        formals = inner.graph.find_nodes(op="placeholder")
+        values = [env[operand] if isinstance(operand, fx.Node) else operand for operand in operands]
+        outputs = self.copy(inner, dict(zip(formals, values, strict=True)), regime)
+        if not outer.autocast:
+            self.casts.clear()
+        return outputs
+
+    def call(self, node: fx.Node, env: dict[fx.Node, Any], regime: _Regime) -> fx.Node:
+        if not regime.grad:
+            self.refuse_hidden_write(node, env)
+
+        def operand(value: fx.Node) -> Any:
+            return self.detach(env[value]) if regime.grad else env[value]
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
+        if regime.autocast and isinstance(node.target, torch._ops.OpOverload):
+            args, kwargs = self.cast(node, args, kwargs, regime)
+        return self.emit(node.target, args, kwargs, node, regime)
+
+    def emit(self, target: Any, args: Any, kwargs: Any, source: fx.Node, regime: _Regime, val: Any = None) -> fx.Node:
+        node = self.graph.create_node("call_function", target, args, kwargs, name=source.name if val is None else None)
+        modules = _modules(source)
+        node.meta.update(
+            val=_settled(source.meta.get("val")) if val is None else val,
+            module=modules[-1] if modules else "",
+            modules=modules,
+            source=_source(source),
+        )
+        if trace := source.stack_trace:
+            node.meta["stack_trace"] = trace
+        if not regime.grad:
+            node.meta["no_grad"] = True
+        return node
+
+    def detach(self, value: Any) -> Any:
+        """``value`` as code that records gradients sees it: what was computed without them has none."""
+        if not isinstance(value, fx.Node) or not value.meta.get("no_grad") or not _is_float(value.meta.get("val")):
+            return value
+        if value not in self.detached:
+            with self.graph.inserting_after(value):
+                node = self.graph.call_function(torch.ops.aten.detach.default, (value,))
+            node.meta.update({key: entry for key, entry in value.meta.items() if key != "no_grad"})
+            self.detached[value] = node
+        return self.detached[value]
+
+    def refuse_hidden_write(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+        """In-place under no_grad on a value with gradients: autograd must not see it, and in a graph it would."""
+        if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.args):
+            return
+        base = env.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        while isinstance(base, fx.Node) and base.op == "call_function" and _is_view(base):
+            base = base.args[0]
+        owned = isinstance(base, fx.Node) and (base.meta.get("no_grad") or str(base.target) in self.names.buffers)
+        if isinstance(base, fx.Node) and not owned and _is_float(base.meta["val"]):
+            raise CaptureError(
+                f"{type(self.model).__name__} cannot be captured: it writes to a tensor in place under torch.no_grad()",
+                where=_source(node),
+                why="the tensor may carry gradients, which such a write leaves as they were; a graph cannot hide it",
+                help="compute a new tensor instead, or write to x.detach()",
+            )
+
+    def cast(self, node: fx.Node, args: Any, kwargs: Any, regime: _Regime) -> tuple[Any, Any]:
+        """``args`` and ``kwargs`` with the casts that autocast would do for this op written out."""
+        wanted = _autocasts(node, regime.autocast)
+
+        def operand(value: fx.Node, original: fx.Node) -> fx.Node:
+            dtype = wanted.get(original)
+            if dtype is None:
+                return value
+            if (value, dtype) in self.casts:
+                return self.casts[value, dtype]
+            fake = value.meta["val"].to(dtype)
+            cast = self.emit(torch.ops.aten.to.dtype, (value, dtype), {}, node, regime, fake)
+            if value.op == "get_attr":  # autocast converts a parameter once, anything else at every use
+                self.casts[value, dtype] = cast
+            return cast
+
+        old, spec = pytree.tree_flatten((node.args, node.kwargs))
+        new = pytree.tree_leaves((args, kwargs))
+        pairs = zip(old, new, strict=True)
+        cast = [operand(b, a) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else b for a, b in pairs]
+        return pytree.tree_unflatten(cast, spec)
+
+    def drop_dead(self) -> None:
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.op not in ("placeholder", "output") and not _has_effect(node):
+                self.graph.erase_node(node)
+
+
+class _CastLog(TorchDispatchMode):
+    """The dtype conversions that a call begins with: (tensor, dtype)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts: list[tuple[torch.Tensor, torch.dtype]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._to_copy.default and (dtype := (kwargs or {}).get("dtype")) is not None:
+            self.casts.append((args[0], dtype))
+        return func(*args, **kwargs or {})
+
+
+def _autocasts(node: fx.Node, autocast: Mapping[str, torch.dtype]) -> dict[fx.Node, torch.dtype]:
+    """Which operands of ``node`` autocast converts, and to what: measured by running the op on fake tensors."""
+    operands = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
+    floats = {operand: operand.meta["val"] for operand in operands if _is_float(operand.meta.get("val"))}
+    if not floats:
+        return {}
+    mode = next(iter(floats.values())).fake_mode
+
+    Casts = list[tuple[torch.Tensor, torch.dtype]]
+
+    def run(values: Mapping[fx.Node, torch.Tensor], enabled: bool) -> tuple[Casts, list[torch.dtype]]:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values.get(n, n.meta["val"]))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_quiet())
+            for kind in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(kind, autocast.get(kind), enabled and kind in autocast, False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(mode)
+            log = stack.enter_context(_CastLog())
+            try:
+                result = node.target(*args, **kwargs)
+            except RuntimeError:  # operands of different dtypes, which autocast would have made equal
+                result = None
+            return log.casts, [leaf.dtype for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+    def converted(dtypes: Mapping[fx.Node, torch.dtype]) -> dict[fx.Node, torch.Tensor]:
+        with mode:
+            return {operand: value.to(dtypes.get(operand, value.dtype)) for operand, value in fresh.items()}
+
+    with mode:
+        fresh = {operand: torch.empty_like(value) for operand, value in floats.items()}  # one object per operand
+    (casts, dtypes), (plain, _) = run(fresh, True), run(fresh, False)
+    usual = {(id(tensor), dtype) for tensor, dtype in plain}  # the op's own conversions, such as those of `to`
+    seen = [(tensor, dtype) for tensor, dtype in casts if (id(tensor), dtype) not in usual]
+    wanted = {operand: dtype for operand, value in fresh.items() for tensor, dtype in seen if tensor is value}
+    if run(converted(wanted), False)[1] == dtypes:
+        return wanted
+    # It converts inside, as einsum does: to convert the operands first is the same.
+    wanted = {operand: autocast[value.device.type] for operand, value in fresh.items() if value.device.type in autocast}
+    if run(converted(wanted), False)[1] == dtypes:
+        return wanted
+    raise CaptureError(
+        f"{node.target} under autocast cannot be captured",
+        where=_source(node),
+        why="the conversions that autocast does inside this op cannot be written out before it",
+        help="convert its operands by hand, or run it under torch.autocast(..., enabled=False)",
+    )
+
+
+def _own_attribute(model: nn.Module, name: str) -> torch.Tensor | None:
+    """A tensor that a module of ``model`` holds as a plain attribute."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        value = getattr(model.get_submodule(path), attribute)
+    except AttributeError:
+        return None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.arguments:
+        return False
+    return target._schema.arguments[0].alias_info is not None
+
+
+def _name(target: torch._ops.OpOverload) -> str:
+    return target._schema.name  # pyright: ignore[reportPrivateUsage]
+
+
+def _has_effect(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _settled(value: Any) -> Any:
+    """``value`` with the sizes that turned out to be constants as plain ints."""
+    return pytree.tree_map(_settled_leaf, value)
+
+
+def _settled_leaf(value: Any) -> Any:
+    if isinstance(value, torch.SymInt):
+        return int(value.node.expr) if value.node.expr.is_Integer else value
+    if isinstance(value, FakeTensor) and value.layout is torch.strided:
+        dims = (*value.shape, *value.stride())
+        settled = [_settled_leaf(size) for size in dims]
+        if any(a is not b for a, b in zip(dims, settled, strict=True)):
+            n = value.dim()
+            with value.fake_mode:
+                return torch.empty_strided(settled[:n], settled[n:], dtype=value.dtype, device=value.device)
+    return value
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _identifiers(paths: list[str]) -> list[str]:
+    names: list[str] = []
+    for path in paths:
+        name = re.sub(r"\W+", "_", path).strip("_")
+        while name in names or not name.isidentifier():
+            name = f"{name}_" if name.isidentifier() else f"input_{name}"
+        names.append(name)
+    return names
+
+
+def _modules(node: fx.Node) -> tuple[str, ...]:
+    """Dotted paths of the modules around ``node``, outermost first, the root left out."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(path).partition("@")[0] for path, _ in stack.values()]
+    inside = [path.removeprefix("wrapped").removeprefix(".") for path in paths if path.split(".")[0] == "wrapped"]
+    return tuple(path for path in inside if path)
+
+
+def _source(node: fx.Node) -> Where | None:
+    return _traced_line(node.stack_trace) if node.stack_trace else None
+
+

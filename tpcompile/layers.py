@@ -1,0 +1,180 @@
+"""Layer granularity: one flat graph becomes a root that calls one module per repeated layer, under the original names.
+
+FSDP, checkpointing, pipelines and per-layer compilation look for their layers; alike layers share one function.
+"""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+
+
+class Layer(nn.Module):
+    """One repeated layer: its parameters under their original names, and the code of each call of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[..., Any]] = []
+
+    def forward(self, call: int, *tensors: torch.Tensor) -> Any:
+        """Call number ``call`` (a layer may run several times a step, and in train and eval mode)."""
+        return self.calls[call](self, *tensors)
+
+
+@dataclass
+class _Segment:
+    """Consecutive nodes of one layer (or of the root, path None)."""
+
+    path: str | None
+    nodes: list[torch.fx.Node] = field(default_factory=list[torch.fx.Node])
+
+
+def repeated_layers(classes: Mapping[str, str]) -> frozenset[str]:
+    """Paths of the outermost modules that have numbered siblings of their own class, and modules inside."""
+    found: set[str] = set()
+    for path, name in classes.items():
+        parent, _, last = path.rpartition(".")
+        prefix = f"{parent}." if parent else ""
+        alike = [p for p in (f"{prefix}{i}" for i in range(2)) if classes.get(p) == name]
+        has_inside = any(other.startswith(f"{path}.") for other in classes)
+        if last.isdecimal() and len(alike) == 2 and has_inside:
+            found.add(path)
+    return frozenset(p for p in found if not any(p.startswith(f"{other}.") for other in found))
+
+
+def nest(graph: torch.fx.Graph, layers: frozenset[str]) -> tuple[torch.fx.Graph, list[tuple[str, torch.fx.Graph]]]:
+    """The root graph, and one graph per call of a layer; the root's ``call_module`` nodes pass the call's index in it.
+
+    Attributes are read where they are used; those of another module than the layer's own are passed in.
+    """
+    segments = _segments(graph, layers)
+    root = torch.fx.Graph()
+    env: dict[torch.fx.Node, torch.fx.Node] = {}
+    inside: list[tuple[str, torch.fx.Graph]] = []
+
+    def at_root(node: torch.fx.Node) -> torch.fx.Node:
+        if node not in env:
+            assert node.op == "get_attr", f"{node} is used before it is made"
+            env[node] = root.create_node("get_attr", node.target, name=node.name)
+        return env[node]
+
+    for segment in segments:
+        if segment.path is None:
+            for node in segment.nodes:
+                if node.op != "get_attr":
+                    env[node] = root.node_copy(node, at_root)
+            continue
+        own = set(segment.nodes)
+        layer, inputs, outputs = _layer_graph(segment, own)
+        call = sum(1 for path, _ in inside if path == segment.path)
+        inside.append((segment.path, layer))
+        made = root.create_node(
+            "call_module", segment.path, (call, *(at_root(x) for x in inputs)), name=segment.path.replace(".", "_")
+        )
+        if len(outputs) == 1:
+            env[outputs[0]] = made
+        else:
+            for index, node in enumerate(outputs):
+                env[node] = root.create_node("call_function", _getitem, (made, index), name=node.name)
+    return root, inside
+
+
+def _segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[_Segment]:
+    """Runs of nodes of one layer; nodes outside that need nothing of the open layer go in front of it."""
+    done: list[_Segment] = []
+    before: list[torch.fx.Node] = []
+    current: _Segment | None = None
+    reached: set[torch.fx.Node] = set()
+    moves = not any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.nodes)
+    for node in graph.nodes:
+        path = next((m for m in node.meta.get("modules") or () if m in layers), None)
+        if node.op != "call_function":
+            path = None
+        if current is not None and path is None and node.op != "output" and moves and not set(node.all_input_nodes) & reached:
+            before.append(node)
+            continue
+        if current is None or path != current.path:
+            if current is not None:
+                done += [_Segment(None, before), current]
+            current, before, reached = (_Segment(path) if path else None), [], set()
+            if path is None:
+                done.append(_Segment(None, [node]))
+                continue
+        assert current is not None
+        current.nodes.append(node)
+        reached.add(node)
+    return done
+
+
+def _layer_graph(
+    segment: _Segment, own: set[torch.fx.Node]
+) -> tuple[torch.fx.Graph, list[torch.fx.Node], list[torch.fx.Node]]:
+    """Code of one call: names without the numbers that tell alike layers apart."""
+    prefix = f"{segment.path}."
+    graph = torch.fx.Graph()
+    env: dict[torch.fx.Node, torch.fx.Node] = {}
+    inputs = list(dict.fromkeys(x for n in segment.nodes for x in n.all_input_nodes if x not in own))
+    passed = [x for x in inputs if not (x.op == "get_attr" and str(x.target).startswith(prefix))]
+    for index, node in enumerate(passed):
+        env[node] = graph.placeholder(f"input_{index}")
+    for node in inputs:
+        if node not in env:
+            target = str(node.target).removeprefix(prefix)
+            env[node] = graph.create_node("get_attr", target, name=target.replace(".", "_"))
+    for node in segment.nodes:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda x: env[x])
+        name = re.sub(r"_\d+$", "", node.name)
+        env[node] = graph.create_node(node.op, node.target, args, kwargs, name=name)  # pyright: ignore[reportArgumentType]
+        env[node].meta = dict(node.meta)
+    outputs = [n for n in segment.nodes if any(u not in own for u in n.users)]
+    results = tuple(env[n] for n in outputs)
+    graph.output(results[0] if len(results) == 1 else results)
+    return graph, passed, outputs
+
+
+def _getitem(values: Any, index: int) -> Any:
+    return values[index]
+
+
+class Functions:
+    """Makes a Python function of a graph; graphs with the same code share one."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Callable[..., Any]] = {}
+
+    def of(self, graph: torch.fx.Graph) -> Callable[..., Any]:
+        """``forward(self, ...)`` of the graph, reading parameters from ``self``."""
+        code = graph.python_code("self")
+        key = code.src + "".join(f"{k}={id(v)}" for k, v in sorted(code.globals.items()))
+        if key not in self._made:
+            file = f"<tpcompile {sha256(key.encode()).hexdigest()[:12]}>"
+            linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
+            space: dict[str, Any] = dict(code.globals)
+            exec(compile(code.src, file, "exec"), space)
+            self._made[key] = space["forward"]
+        return self._made[key]
+
+
+def module_at(root: nn.Module, path: str, layers: Iterable[str]) -> nn.Module:
+    """The module at a dotted path, made on the way: a :class:`Layer` where a layer belongs, else a plain module."""
+    module = root
+    walked = ""
+    for part in path.split(".") if path else ():
+        walked = f"{walked}.{part}" if walked else part
+        if part not in module._modules:
+            module.add_module(part, Layer() if walked in layers else nn.Module())
+        child = module._modules[part]
+        assert child is not None
+        module = child
+    return module
+
+
+__all__ = ["Functions", "Layer", "module_at", "nest", "repeated_layers"]

@@ -1,0 +1,375 @@
+"""``compile``: this rank's module, on torch.distributed.
+
+The module holds plain local parameters under the original names, in the original module tree at layer granularity.
+The code that runs is the rewritten graph, bound to this rank: local sizes filled in, groups by their c10d names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.fx
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpcompile import shards
+from tpcompile.collectives import group_device, resolve_group, transition_of
+from tpcompile.compiler import Inputs, SpecLike, call_arguments, choose_spec, rewrite
+from tpcompile.errors import CaptureError, RuntimeMismatchError, TpcompileError
+from tpcompile.launch import check_same_program
+from tpcompile.layers import Functions, Layer, module_at, nest, repeated_layers
+from tpcompile.layout import Layout, Mesh, axes_of
+from tpcompile.per_rank import resolve
+from tpcompile.program import Program
+from tpcompile.rules import RULES, op_name
+from tpcompile.spec import Spec
+
+MAX_VARIANTS = 16
+
+
+def compile(
+    model: nn.Module, spec: SpecLike = None, *, example_inputs: Inputs = None, mesh: DeviceMesh | None = None
+) -> TensorParallel:
+    """This rank's module: called, trained and saved like ``model``, with the same signature and outputs.
+
+    Collective: every rank of the mesh calls it with the same model (same weights), spec and example inputs; the model
+    itself is left alone, and may be deleted afterwards.
+
+    Args:
+        spec: a path to a ``.tpspec``, a :class:`Spec`, or None for the shipped spec of the model's class.
+        example_inputs: keyword arguments as a dict, or positional ones as a tuple; transformers models have defaults.
+        mesh: a 1-D DeviceMesh, or one with a dim called ``tp``; None for all ranks.
+
+    Raises:
+        TpcompileError: see :func:`tpcompile.rewrite`; and when there is no process group, when parameters are on the
+            meta device, or when ranks bring different programs or weights (RuntimeMismatchError).
+    """
+    group = _group(mesh)
+    meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise TpcompileError(
+            f"parameter {meta} is on the meta device: it has no value",
+            why="compile gives every rank its part of the weights",
+            help="load the weights first; for a model without weights use tpcompile.rewrite or the command line",
+        )
+    chosen = choose_spec(model, spec)
+    program = rewrite(model, chosen, degree=group.size(), example_inputs=call_arguments_as_inputs(model, example_inputs))
+    _check_same(program, group)
+    _check_same_weights(model, group)
+    return TensorParallel(model, program, chosen, group)
+
+
+def call_arguments_as_inputs(model: nn.Module, example_inputs: Inputs) -> Inputs:
+    """The example inputs, or the model's defaults, as :func:`rewrite` takes them."""
+    args, kwargs = call_arguments(model, example_inputs)
+    return kwargs if not args else (args if not kwargs else example_inputs)
+
+
+def _group(mesh: DeviceMesh | None) -> dist.ProcessGroup:
+    if mesh is None:
+        return resolve_group(None)
+    if not isinstance(mesh, DeviceMesh):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TpcompileError(  # pyright: ignore[reportUnreachable]
+            f"mesh must be a torch.distributed DeviceMesh or None, not {type(mesh).__name__}",
+            help='use init_device_mesh("cpu", (4,)), or one with a dim called "tp"',
+        )
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    names = mesh.mesh_dim_names or ()
+    if "tp" not in names:
+        raise TpcompileError(
+            f"the mesh has {mesh.ndim} dims {tuple(names)}, none of them called tp",
+            why="tensor parallelism runs over one dim",
+            help='pass mesh["NAME"] of the dim to use, or call that dim "tp"',
+        )
+    return mesh.get_group("tp")
+
+
+def _check_same(program: Program, group: dist.ProcessGroup) -> None:
+    """All ranks bring the same program, before the first of its collectives."""
+    parameters = "\n".join(
+        f"{n}: {tuple(p.shape)} {p.dtype} as {[str(x) for x in program.parameters.get(n, ())]}"
+        for n, p in program.captured.parameters.items()
+    )
+    described = f"{parameters}\n{program.text()}"
+    check_same_program(f"{torch.__version__}\n{described}", group, described)
+
+
+def _check_same_weights(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """All ranks bring the same weights: compared by a sample of every tensor, so the check costs next to nothing."""
+    samples: list[str] = []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)].double().cpu().contiguous()
+        samples.append(f"{name} {sha256(sample.numpy().tobytes()).hexdigest()[:16]}")
+    try:
+        check_same_program("\n".join(samples), group, "\n".join(samples))
+    except RuntimeMismatchError as error:
+        raise RuntimeMismatchError(
+            "ranks bring different weights",
+            why=(error.why or "").replace("of the program", "of the weights' fingerprints"),
+            help="load the same checkpoint on every rank, or call torch.manual_seed(same) before building the model",
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One captured form of the model: a training flag, a set of arguments."""
+
+    program: Program
+    training: bool
+    call: Callable[..., Any]
+    random: bool
+
+
+class TensorParallel(nn.Module):
+    """One rank of a model: local parameters under the original names, and the rewritten code.
+
+    Another training flag, set of arguments or autocast state than those compiled for is compiled on its first call,
+    by all ranks together.
+    """
+
+    def __init__(self, model: nn.Module, program: Program, spec: Spec, group: dist.ProcessGroup):
+        super().__init__()
+        captured = program.captured
+        self.training = model.training
+        self._group = group
+        self._spec = spec
+        self._layouts = dict(program.parameters)
+        self._mesh = program.mesh
+        self._functions = Functions()
+        self._layers = repeated_layers(captured.module_classes)
+        self._names = {n: c for n, c in captured.aliases.items() if c in captured.parameters}
+        self._names |= {n: n for n in captured.parameters}
+        self._groups = _bind_groups(program.mesh, group)
+        self._variants: list[_Variant] = []
+        self._random_checked = False
+        object.__setattr__(self, "_skeleton", _skeleton(model))
+        if hasattr(model, "config"):
+            self.config = cast("Any", model).config
+        self._fill(model, program)
+        self._add_variant(program)
+
+    # ------------------------------------------------------------------------------------------------ parameters
+    def _fill(self, model: nn.Module, program: Program) -> None:
+        """This rank's parameters and the model's buffers, under every name the model has for them."""
+        rank = dist.get_rank(self._group)
+        local: dict[str, nn.Parameter] = {}
+        for name, canonical in self._names.items():
+            if canonical not in local:
+                whole = program.captured.parameters[canonical]
+                part = shards.cut(whole.detach(), self._layouts.get(canonical, ()), self._mesh, rank)
+                local[canonical] = nn.Parameter(part.clone(), requires_grad=whole.requires_grad)
+            path, _, last = name.rpartition(".")
+            module_at(self, path, self._layers).register_parameter(last, local[canonical])
+        persistent = set(model.state_dict(keep_vars=True))
+        tensors = {**program.captured.buffers, **program.captured.constants}
+        for name in dict.fromkeys([*(n for n, _ in model.named_buffers()), *tensors]):
+            tensor = tensors.get(captured_name(program, name))
+            if tensor is None:
+                tensor = model.get_buffer(name)
+            path, _, last = name.rpartition(".")
+            module_at(self, path, self._layers).register_buffer(last, tensor.detach().clone(), name in persistent)
+
+    def parameter_layouts(self) -> Mapping[str, tuple[Layout, ...]]:
+        """How every parameter is cut: one layout per dim, by original name."""
+        return {name: self._layouts[c] for name, c in self._names.items() if c in self._layouts}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TensorParallel:
+        sample = next(iter(self.parameters()), None)
+        if sample is not None and (changed := fn(sample.detach()[..., :0])) is not None:
+            if (changed.dtype, changed.device) != (sample.dtype, sample.device):
+                raise TpcompileError(
+                    f"a compiled module cannot be moved from {sample.dtype} on {sample.device} to {changed.dtype} on "
+                    f"{changed.device}",
+                    why="dtypes and devices are part of the captured graph",
+                    help="convert the model first, then compile it",
+                )
+        return super()._apply(fn, recurse)
+
+    # ------------------------------------------------------------------------------------------------ code
+    @property
+    def program(self) -> Program:
+        """The rewritten program that was compiled first."""
+        return self._variants[0].program
+
+    def _add_variant(self, program: Program) -> _Variant:
+        bound = bind(program, dist.get_rank(self._group), self._groups)
+        root, inside = nest(bound, self._layers)
+        first: dict[str, int] = {}
+        for path, graph in inside:
+            layer = cast("Layer", module_at(self, path, self._layers))
+            first.setdefault(path, len(layer.calls))
+            layer.calls.append(self._functions.of(graph))
+        for node in root.nodes:
+            if node.op == "call_module":
+                node.args = (node.args[0] + first[str(node.target)], *node.args[1:])  # type: ignore[operator]
+        random = any(n.op == "call_function" and is_random(n) for n in program.graph.nodes)
+        variant = _Variant(program, program.captured.training, self._functions.of(root), random)
+        self._variants.append(variant)
+        return variant
+
+    def _variant_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Variant, list[torch.Tensor]]:
+        refused: CaptureError | None = None
+        for variant in self._variants:
+            if variant.training == self.training:
+                try:
+                    return variant, variant.program.captured.flatten(args, kwargs)
+                except CaptureError as error:
+                    refused = refused or error
+        skeleton: nn.Module | None = object.__getattribute__(self, "_skeleton")
+        if skeleton is None or len(self._variants) >= MAX_VARIANTS:
+            raise refused or CaptureError(
+                f"the model was compiled for {'eval' if self.training else 'train'} mode",
+                why="it cannot be copied, so it cannot be captured again",
+                help="compile it in the mode that you run",
+            )
+        if skeleton.training != self.training:
+            skeleton.train(self.training)
+        program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs)
+        _check_same(program, self._group)
+        variant = self._add_variant(program)
+        return variant, program.captured.flatten(args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own signature and outputs; whole (gathered) outputs on every rank."""
+        variant, flat = self._variant_for(args, kwargs)
+        if variant.random and not self._random_checked:
+            self._check_generators()
+        return variant.program.captured.unflatten(variant.call(self, *flat))
+
+    def _check_generators(self) -> None:
+        """Ranks must draw the same dropout masks: once, before the first of them."""
+        state = sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        try:
+            check_same_program(state, self._group, state)
+        except RuntimeMismatchError as error:
+            raise RuntimeMismatchError(
+                "ranks are seeded differently, and the model draws random numbers (dropout)",
+                why="every rank draws the masks of the whole model, so that they are those of one device",
+                help="call torch.manual_seed(same) on every rank before the first step",
+            ) from error
+        self._random_checked = True
+
+
+def rewrite_call(
+    model: nn.Module, spec: Spec, degree: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Program:
+    """The program for one call, positional and keyword arguments as they come."""
+    from tpcompile.capture import capture
+    from tpcompile.compiler import rewrite_captured
+
+    captured = capture(model, args, kwargs)
+    return rewrite_captured(captured, spec, model, degree, (args, kwargs))
+
+
+def captured_name(program: Program, name: str) -> str:
+    """Canonical name of a buffer or parameter."""
+    return program.captured.aliases.get(name, name)
+
+
+def is_random(node: torch.fx.Node) -> bool:
+    """Whether the op draws from the generator."""
+    rule = RULES.get(op_name(node))
+    tags = getattr(node.target, "tags", ())
+    return (rule is not None and rule.random) or torch.Tag.nondeterministic_seeded in tags or (
+        op_name(node) == "dropout_part"
+    )
+
+
+def _skeleton(model: nn.Module) -> nn.Module | None:
+    """The model without its weights (parameters on meta), kept to be captured again; None if it cannot be copied."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # noqa: BLE001  whatever a module's own __deepcopy__ raises
+        return None
+
+
+def _bind_groups(mesh: Mesh, group: dist.ProcessGroup) -> dict[str, str]:
+    """c10d names of the groups that a program may use; the smaller ones of a factored degree are made here."""
+    ranks = dist.get_process_group_ranks(group)
+    mine = dist.get_rank(group)
+    found: dict[str, str] = {}
+    for name, groups in mesh.all_groups().items():
+        members = next(g for g in groups if mine in g)
+        if len(members) == mesh.degree:
+            found[name] = group.group_name
+        else:
+            made = dist.new_group([ranks[m] for m in members], use_local_synchronization=True)
+            found[name] = cast("dist.ProcessGroup", made).group_name
+    return found
+
+
+def bind(program: Program, rank: int, groups: Mapping[str, str]) -> torch.fx.Graph:
+    """The program's graph for one rank: per-rank values picked, groups by their c10d names."""
+    graph = torch.fx.Graph()
+    env: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in program.graph.nodes:
+        made = env[node] = graph.node_copy(node, lambda n: env[n])
+        made.args = cast("tuple[Any, ...]", resolve(made.args, rank))
+        made.kwargs = cast("dict[str, Any]", resolve(made.kwargs, rank))
+        if transition_of(node.target) is not None:
+            made.args = tuple(groups[a] if isinstance(a, str) else a for a in made.args)
+            made.kwargs = {k: groups[a] if k == "group" else a for k, a in made.kwargs.items()}
+    return graph
+
+
+# ------------------------------------------------------------------------------------------------ gathering
+def full_state_dict(module: TensorParallel) -> dict[str, torch.Tensor]:
+    """The state dict of the original model, on every rank: original names (ties included) and shapes. Collective."""
+    found: dict[str, torch.Tensor] = {}
+    local = module.state_dict(keep_vars=True)
+    done: dict[str, torch.Tensor] = {}
+    for name, tensor in local.items():
+        canonical = module._names.get(name, name)  # pyright: ignore[reportPrivateUsage]
+        if canonical not in done:
+            done[canonical] = _gathered(module, canonical, tensor.detach())
+        found[name] = done[canonical]
+    return found
+
+
+def full_gradients(module: TensorParallel) -> dict[str, torch.Tensor]:
+    """Whole gradients by canonical original name, on every rank; parameters without a gradient are left out. Collective."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in _canonical_parameters(module):
+        if parameter.grad is not None:
+            found[name] = _gathered(module, name, parameter.grad.detach())
+    return found
+
+
+def _canonical_parameters(module: TensorParallel) -> Iterator[tuple[str, nn.Parameter]]:
+    seen: set[str] = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        canonical = module._names.get(name, name)  # pyright: ignore[reportPrivateUsage]
+        if canonical not in seen:
+            seen.add(canonical)
+            yield canonical, parameter
+
+
+def _gathered(module: TensorParallel, name: str, part: torch.Tensor) -> torch.Tensor:
+    dims = module._layouts.get(name, ())  # pyright: ignore[reportPrivateUsage]
+    mesh, group = module._mesh, module._group  # pyright: ignore[reportPrivateUsage]
+    if not any(axes_of(d) for d in dims):
+        return part.clone()
+    shapes = [shards.shape(dims, mesh, r) for r in range(mesh.degree)]
+    longest = max(torch.Size(s).numel() for s in shapes)
+    device = group_device(group)
+    mine = torch.zeros(longest, dtype=part.dtype, device=device)
+    mine[: part.numel()] = part.reshape(-1).to(device)
+    every = [torch.empty_like(mine) for _ in shapes]
+    dist.all_gather(every, mine, group=group)
+    parts = [x[: torch.Size(s).numel()].view(s) for x, s in zip(every, shapes, strict=True)]
+    return shards.join(parts, dims, mesh).to(part.device)
+
+
+__all__ = ["TensorParallel", "compile", "full_gradients", "full_state_dict"]
