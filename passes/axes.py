@@ -46,10 +46,12 @@ def axes(program: Program) -> Program:
     wanted.sort(key=lambda item: -len(_candidates(item[1])))
     plan: dict[int, tuple[Atom, int, int]] = {}  # atom id -> (atom, ranks before it, ranks it is cut over)
     origin: dict[int, tuple[str, Claim]] = {}
+    considered: set[int] = set()  # atoms left whole on purpose by the plan of a finer term (kv heads, replicated)
     for claim, term, use in wanted:
-        if any(id(a) in plan for a in atoms(term)):
+        if any(id(a) in plan or id(a) in considered for a in atoms(term)):
             continue
         before = 1
+        considered |= {id(a) for a in _candidates(term) if not a.pins}
         for atom, over in _choose(program, claim, term, use):
             plan[id(atom)] = (atom, before, over)
             origin[id(atom)] = (claim.parameter, claim)

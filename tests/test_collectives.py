@@ -254,6 +254,12 @@ def other_answers() -> dict[str, Any]:
     with torch.no_grad():
         dead = torch.ones(2)
         found["in place"] = collectives.all_reduce(dead, world(), inplace=True) is dead
+        found["strided"] = collectives.all_reduce(torch.ones(3, 8)[:, :4], world(), inplace=True).tolist()
+    saved = torch.ones(2, requires_grad=True).tanh()  # tanh needs its result for backward
+    try:
+        collectives.all_reduce(saved, world(), inplace=True).sum().backward()
+    except RuntimeError as error:
+        found["overwritten"] = str(error)
 
     wrong: dict[str, Callable[[], object]] = {
         "parts of another size": lambda: collectives.cut(torch.ones(5), 0, (((0, 2),), ((2, 2),)), world()),
@@ -365,6 +371,8 @@ def test_in_place_only_where_autograd_allows_it(pair: list[dict[str, Any]]) -> N
     for rank in pair:
         assert rank["other"]["not in place"] == [[1.0, 1.0], [1.0] * 4, [[2.0, 2.0], [2.0, 2.0]]]
         assert rank["other"]["in place"] is True
+        assert rank["other"]["strided"] == [[2.0] * 4] * 3
+        assert "modified by an inplace operation" in rank["other"]["overwritten"]
 
 
 @pytest.mark.distributed

@@ -69,11 +69,11 @@ class _Regime:
     autocast: Mapping[str, torch.dtype]  # device type -> dtype
 
 
-class _Copier:
-    """Copies an exported graph into a flat graph of our own: regions inlined, names canonical, dead code left out."""
+class Inliner:
+    """Copies one exported graph into a flat graph: placeholders, then parameters and constants, then calls."""
 
     def __init__(
-        self, model: nn.Module, trace: _Trace, names: _Names, paths: list[str], autocast: dict[str, torch.dtype]
+        self, model: nn.Module, trace: Trace, names: Names, paths: list[str], autocast: Mapping[str, torch.dtype]
     ):
         self.model = model
         self.trace = trace
@@ -81,173 +81,171 @@ class _Copier:
         self.paths = paths
         self.regime = _Regime(True, autocast)
         self.graph = fx.Graph()
-        self.tensors: dict[str, torch.Tensor] = {}  # get_attr target -> tensor
-        self.constants: dict[str, torch.Tensor] = {}
         self.placeholders: list[fx.Node] = []
-        self.attributes: dict[str, fx.Node] = {}
-        self.detached: dict[fx.Node, fx.Node] = {}
-        self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self._tensors: dict[str, torch.Tensor] = {}  # get_attr target -> tensor
+        self._attributes: dict[str, fx.Node] = {}
+        self._detached: dict[fx.Node, fx.Node] = {}
+        self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def graph_module(self) -> fx.GraphModule:
         """The flat graph; its output has one element per output leaf of the model."""
         program = self.trace.program
-        inputs = program.graph.find_nodes(op="placeholder")
-        specs = program.graph_signature.input_specs
         env: dict[fx.Node, Any] = {}
-        names = _identifiers(self.paths)
-        for node, spec in zip(inputs, specs, strict=True):
-            if spec.kind is InputKind.USER_INPUT:
-                placeholder = self.graph.placeholder(names[len(self.placeholders)])
-                placeholder.meta.update(val=_settled(node.meta["val"]), module="", modules=(), source=None)
-                self.placeholders.append(placeholder)
-                env[node] = placeholder
-        for node, spec in zip(inputs, specs, strict=True):
+        inputs = self.trace.inputs()
+        for node, name in zip(inputs, _identifiers(self.paths), strict=True):
+            placeholder = self.graph.placeholder(name)
+            placeholder.meta.update(val=_settled(node.meta["val"]), module="", modules=(), source=None)
+            self.placeholders.append(placeholder)
+            env[node] = placeholder
+        nodes = program.graph.find_nodes(op="placeholder")
+        for node, spec in zip(nodes, program.graph_signature.input_specs, strict=True):
             if spec.kind is InputKind.CUSTOM_OBJ:
                 raise CaptureError(
                     f"{spec.target} is not a tensor, and a graph can hold nothing else",
                     why="script objects and custom classes cannot be traced",
                 )
             if spec.kind is not InputKind.USER_INPUT:
-                env[node] = self.attribute(str(spec.target), node)
-        outputs = iter(self.copy(program.graph_module, env, self.regime))
-        leaves = [next(outputs) if leaf is _TRACED else leaf for leaf in self.trace.outputs]
+                env[node] = self._attribute(str(spec.target), node)
+        outputs = iter(self._copy(program.graph_module, env, self.regime))
+        leaves = [next(outputs) if leaf is TRACED else leaf for leaf in self.trace.outputs]
         self.graph.output(tuple(leaves)).meta.update(val=None, module="", modules=(), source=None)
-        self.drop_dead()
-        used = {str(node.target): self.tensors[str(node.target)] for node in self.graph.find_nodes(op="get_attr")}
+        self._drop_dead()
+        self._refuse_data_dependence()
+        used = {str(node.target): self._tensors[str(node.target)] for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {name: tensor for name, tensor in self.constants.items() if name in used}
         graph_module = fx.GraphModule(used, self.graph, class_name=type(self.model).__name__)
         graph_module.training = self.model.training
         self.graph.lint()
         return graph_module
 
-    def attribute(self, target: str, source: fx.Node) -> fx.Node:
+    def _attribute(self, target: str, placeholder: fx.Node) -> fx.Node:
         """The get_attr node of a parameter, buffer or constant, under its canonical name."""
         name = target.removeprefix("wrapped.")
         name = self.names.aliases.get(name, name)
-        if name in self.attributes:
-            return self.attributes[name]
+        if name in self._attributes:
+            return self._attributes[name]
         tensor = self.names.parameters.get(name, self.names.buffers.get(name))
         if tensor is None:
             tensor = _own_attribute(self.model, name)
             if tensor is None:
                 name, tensor = f"_lifted.{len(self.constants)}", self.trace.program.constants[target]
-            if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
+            if not isinstance(tensor, torch.Tensor) or (isinstance(tensor, FakeTensor) and name.startswith("_lifted.")):
                 raise CaptureError(
                     f"{type(self.model).__name__} cannot be captured: a tensor in its forward escapes the trace",
-                    where=next((where for user in source.users if (where := _source(user))), None),
+                    where=next((where for user in placeholder.users if (where := source(user))), None),
                     why="it is made in a way that the tracer does not see, such as x.data",
                     help="use x.detach() in place of x.data",
                 )
             self.constants[name] = tensor
-        self.tensors[name] = tensor
-        with self.graph.inserting_after(
-            next(reversed(self.attributes.values()), self.placeholders[-1] if self.placeholders else None)
-        ):
-            node = self.graph.create_node("get_attr", name, name=re.sub(r"\W", "_", name))
-        node.meta.update(val=_settled(source.meta["val"]), module=name.rpartition(".")[0], modules=(), source=None)
-        self.attributes[name] = node
+        self._tensors[name] = tensor
+        node = self.graph.create_node("get_attr", name, name=re.sub(r"\W", "_", name))
+        node.meta.update(val=_settled(placeholder.meta["val"]), module=name.rpartition(".")[0], modules=(), source=None)
+        self._attributes[name] = node
         return node
 
-    def copy(self, source: fx.GraphModule, env: dict[fx.Node, Any], regime: _Regime) -> tuple[Any, ...]:
-        """Copy the body of ``source``; ``env`` holds its placeholders; returns its outputs."""
-        for node in source.graph.nodes:
-            if node.op == "placeholder":
-                continue
-            if node.op == "output":
-                returned = node.args[0]
-                return fx.node.map_arg(
-                    (returned,) if isinstance(returned, fx.Node) else tuple(returned), env.__getitem__
-                )
-            if node.op == "get_attr":
-                env[node] = getattr(source, node.target)
-            elif isinstance(node.target, torch._ops.HigherOrderOperator):
-                env[node] = self.region(node, env, regime)
-            elif node.target is operator.getitem and isinstance(env[node.args[0]], tuple):
-                env[node] = env[node.args[0]][node.args[1]]
-            elif not (isinstance(node.target, torch._ops.OpOverload) and _name(node.target) in _DROPPED):
-                env[node] = self.call(node, env, regime)
+    def _copy(self, body: fx.GraphModule, env: dict[fx.Node, Any], regime: _Regime) -> tuple[Any, ...]:
+        """Copy ``body``, whose placeholders are in ``env``; returns its outputs."""
+        for node in body.graph.nodes:
+            match node.op:
+                case "placeholder":
+                    pass
+                case "get_attr":
+                    env[node] = getattr(body, node.target)
+                case "output":
+                    returned = node.args[0]
+                    returned = (returned,) if isinstance(returned, fx.Node) else tuple(returned)
+                    return fx.node.map_arg(returned, env.__getitem__)
+                case _ if isinstance(node.target, torch._ops.HigherOrderOperator):
+                    env[node] = self._region(node, env, regime)
+                case _ if node.target is operator.getitem and isinstance(env[node.args[0]], tuple):
+                    env[node] = env[node.args[0]][node.args[1]]
+                case _ if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _DROPPED:
+                    pass
+                case _:
+                    env[node] = self._call(node, env, regime)
         raise AssertionError("a graph without output")
 
-    def region(self, node: fx.Node, env: dict[fx.Node, Any], regime: _Regime) -> tuple[Any, ...]:
+    def _region(self, node: fx.Node, env: dict[fx.Node, Any], outer: _Regime) -> tuple[Any, ...]:
         """Inline a grad-mode or autocast region."""
-        outer = regime
         match str(node.target), node.args:
             case "wrap_with_set_grad_enabled", (enabled, body, *operands):
-                regime = replace(regime, grad=bool(enabled))
+                regime = replace(outer, grad=bool(enabled))
             case "wrap_with_autocast", (str(kind), dtype, enabled, _, body, *operands):
-                others = {other: dtype for other, dtype in regime.autocast.items() if other != kind}
+                others = {other: dtype for other, dtype in outer.autocast.items() if other != kind}
                 now = {kind: dtype or torch.get_autocast_dtype(kind)} if enabled else {}
-                regime = replace(regime, autocast=others | now)
+                regime = replace(outer, autocast=others | now)
             case name, _:
                 raise CaptureError(
                     f"{type(self.model).__name__} cannot be captured: torch's {name!r} is not supported",
-                    where=_source(node),
+                    where=source(node),
                     why="its branches or bodies are graphs of their own, which are not rewritten",
                     help="write it with plain tensor ops, such as torch.where",
                 )
         inner = env[body]
         formals = inner.graph.find_nodes(op="placeholder")
         values = [env[operand] if isinstance(operand, fx.Node) else operand for operand in operands]
-        outputs = self.copy(inner, dict(zip(formals, values, strict=True)), regime)
+        outputs = self._copy(inner, dict(zip(formals, values, strict=True)), regime)
         if not outer.autocast:
-            self.casts.clear()
+            self._casts.clear()
         return outputs
 
-    def call(self, node: fx.Node, env: dict[fx.Node, Any], regime: _Regime) -> fx.Node:
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any], regime: _Regime) -> fx.Node:
         if not regime.grad:
-            self.refuse_hidden_write(node, env)
+            self._refuse_hidden_write(node, env)
 
         def operand(value: fx.Node) -> Any:
-            return self.detach(env[value]) if regime.grad else env[value]
+            return self._with_gradients(env[value]) if regime.grad else env[value]
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
         if regime.autocast and isinstance(node.target, torch._ops.OpOverload):
-            args, kwargs = self.cast(node, args, kwargs, regime)
-        return self.emit(node.target, args, kwargs, node, regime)
+            args, kwargs = self._cast(node, args, kwargs, regime)
+        return self._emit(node.target, args, kwargs, node, regime)
 
-    def emit(self, target: Any, args: Any, kwargs: Any, source: fx.Node, regime: _Regime, val: Any = None) -> fx.Node:
-        node = self.graph.create_node("call_function", target, args, kwargs, name=source.name if val is None else None)
-        modules = _modules(source)
+    def _emit(self, target: Any, args: Any, kwargs: Any, origin: fx.Node, regime: _Regime, val: Any = None) -> fx.Node:
+        """A call in the flat graph, with the metadata of the traced node ``origin`` it comes from."""
+        node = self.graph.create_node("call_function", target, args, kwargs, name=origin.name if val is None else None)
+        modules = _modules(origin)
         node.meta.update(
-            val=_settled(source.meta.get("val")) if val is None else val,
+            val=_settled(origin.meta.get("val")) if val is None else val,
             module=modules[-1] if modules else "",
             modules=modules,
-            source=_source(source),
+            source=source(origin),
         )
-        if trace := source.stack_trace:
-            node.meta["stack_trace"] = trace
+        if origin.stack_trace:
+            node.meta["stack_trace"] = origin.stack_trace
         if not regime.grad:
             node.meta["no_grad"] = True
         return node
 
-    def detach(self, value: Any) -> Any:
+    def _with_gradients(self, value: Any) -> Any:
         """``value`` as code that records gradients sees it: what was computed without them has none."""
         if not isinstance(value, fx.Node) or not value.meta.get("no_grad") or not _is_float(value.meta.get("val")):
             return value
-        if value not in self.detached:
+        if value not in self._detached:
             with self.graph.inserting_after(value):
                 node = self.graph.call_function(torch.ops.aten.detach.default, (value,))
             node.meta.update({key: entry for key, entry in value.meta.items() if key != "no_grad"})
-            self.detached[value] = node
-        return self.detached[value]
+            self._detached[value] = node
+        return self._detached[value]
 
-    def refuse_hidden_write(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+    def _refuse_hidden_write(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
         """In-place under no_grad on a value with gradients: autograd must not see it, and in a graph it would."""
         if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.args):
             return
         base = env.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-        while isinstance(base, fx.Node) and base.op == "call_function" and _is_view(base):
+        while isinstance(base, fx.Node) and _is_view(base) and isinstance(base.args[0], fx.Node):
             base = base.args[0]
         owned = isinstance(base, fx.Node) and (base.meta.get("no_grad") or str(base.target) in self.names.buffers)
         if isinstance(base, fx.Node) and not owned and _is_float(base.meta["val"]):
             raise CaptureError(
                 f"{type(self.model).__name__} cannot be captured: it writes to a tensor in place under torch.no_grad()",
-                where=_source(node),
+                where=source(node),
                 why="the tensor may carry gradients, which such a write leaves as they were; a graph cannot hide it",
-                help="compute a new tensor instead, or write to x.detach()",
+                help="compute a new tensor instead",
             )
 
-    def cast(self, node: fx.Node, args: Any, kwargs: Any, regime: _Regime) -> tuple[Any, Any]:
+    def _cast(self, node: fx.Node, args: Any, kwargs: Any, regime: _Regime) -> tuple[Any, Any]:
         """``args`` and ``kwargs`` with the casts that autocast would do for this op written out."""
         wanted = _autocasts(node, regime.autocast)
 
@@ -255,28 +253,40 @@ class _Copier:
             dtype = wanted.get(original)
             if dtype is None:
                 return value
-            if (value, dtype) in self.casts:
-                return self.casts[value, dtype]
+            if (value, dtype) in self._casts:
+                return self._casts[value, dtype]
             fake = value.meta["val"].to(dtype)
-            cast = self.emit(torch.ops.aten.to.dtype, (value, dtype), {}, node, regime, fake)
+            cast = self._emit(torch.ops.aten.to.dtype, (value, dtype), {}, node, regime, fake)
             if value.op == "get_attr":  # autocast converts a parameter once, anything else at every use
-                self.casts[value, dtype] = cast
+                self._casts[value, dtype] = cast
             return cast
 
         old, spec = pytree.tree_flatten((node.args, node.kwargs))
-        new = pytree.tree_leaves((args, kwargs))
-        pairs = zip(old, new, strict=True)
+        pairs = zip(old, pytree.tree_leaves((args, kwargs)), strict=True)
         cast = [operand(b, a) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else b for a, b in pairs]
         return pytree.tree_unflatten(cast, spec)
 
-    def drop_dead(self) -> None:
+    def _drop_dead(self) -> None:
         for node in reversed(self.graph.nodes):
             if not node.users and node.op not in ("placeholder", "output") and not _has_effect(node):
                 self.graph.erase_node(node)
 
+    def _refuse_data_dependence(self) -> None:
+        for node in self.graph.nodes:
+            values = [value for value in pytree.tree_leaves(node.meta.get("val")) if value is not None]
+            if any(free_unbacked_symbols(value) for value in values):
+                raise CaptureError(
+                    f"{type(self.model).__name__} cannot be captured: a size or a number in its forward is the value "
+                    "of a tensor",
+                    where=node.meta["source"],
+                    why=f"{node.target} gives what only the data know",
+                    help="keep the value in a tensor (torch.where, masks), or compute it outside the model and pass "
+                    "it in",
+                )
+
 
 class _CastLog(TorchDispatchMode):
-    """The dtype conversions that a call begins with: (tensor, dtype)."""
+    """The dtype conversions that run below a call: (tensor, dtype)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,43 +307,40 @@ def _autocasts(node: fx.Node, autocast: Mapping[str, torch.dtype]) -> dict[fx.No
     if not floats:
         return {}
     mode = next(iter(floats.values())).fake_mode
+    with mode:
+        fresh = {operand: torch.empty_like(value) for operand, value in floats.items()}  # one object per operand
 
-    Casts = list[tuple[torch.Tensor, torch.dtype]]
-
-    def run(values: Mapping[fx.Node, torch.Tensor], enabled: bool) -> tuple[Casts, list[torch.dtype]]:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values.get(n, n.meta["val"]))
+    def run(
+        dtypes: Mapping[fx.Node, torch.dtype] | None, *, enabled: bool
+    ) -> tuple[list[tuple[torch.Tensor, torch.dtype]], list[torch.dtype]]:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_quiet())
+            stack.enter_context(quiet())
             for kind in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(kind, autocast.get(kind), enabled and kind in autocast, False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(mode)
+            values = fresh if dtypes is None else {n: v.to(dtypes.get(n, v.dtype)) for n, v in fresh.items()}
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values.get(n, n.meta["val"]))
             log = stack.enter_context(_CastLog())
             try:
-                result = node.target(*args, **kwargs)
+                result = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
             except RuntimeError:  # operands of different dtypes, which autocast would have made equal
                 result = None
             return log.casts, [leaf.dtype for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
-    def converted(dtypes: Mapping[fx.Node, torch.dtype]) -> dict[fx.Node, torch.Tensor]:
-        with mode:
-            return {operand: value.to(dtypes.get(operand, value.dtype)) for operand, value in fresh.items()}
-
-    with mode:
-        fresh = {operand: torch.empty_like(value) for operand, value in floats.items()}  # one object per operand
-    (casts, dtypes), (plain, _) = run(fresh, True), run(fresh, False)
+    (casts, dtypes), (plain, _) = run(None, enabled=True), run(None, enabled=False)
     usual = {(id(tensor), dtype) for tensor, dtype in plain}  # the op's own conversions, such as those of `to`
     seen = [(tensor, dtype) for tensor, dtype in casts if (id(tensor), dtype) not in usual]
     wanted = {operand: dtype for operand, value in fresh.items() for tensor, dtype in seen if tensor is value}
-    if run(converted(wanted), False)[1] == dtypes:
+    if run(wanted, enabled=False)[1] == dtypes:
         return wanted
     # It converts inside, as einsum does: to convert the operands first is the same.
     wanted = {operand: autocast[value.device.type] for operand, value in fresh.items() if value.device.type in autocast}
-    if run(converted(wanted), False)[1] == dtypes:
+    if run(wanted, enabled=False)[1] == dtypes:
         return wanted
     raise CaptureError(
         f"{node.target} under autocast cannot be captured",
-        where=_source(node),
+        where=source(node),
         why="the conversions that autocast does inside this op cannot be written out before it",
         help="convert its operands by hand, or run it under torch.autocast(..., enabled=False)",
     )
@@ -354,10 +361,6 @@ def _is_view(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.arguments:
         return False
     return target._schema.arguments[0].alias_info is not None
-
-
-def _name(target: torch._ops.OpOverload) -> str:
-    return target._schema.name  # pyright: ignore[reportPrivateUsage]
 
 
 def _has_effect(node: fx.Node) -> bool:
@@ -402,11 +405,4 @@ def _modules(node: fx.Node) -> tuple[str, ...]:
     """Dotted paths of the modules around ``node``, outermost first, the root left out."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(path).partition("@")[0] for path, _ in stack.values()]
-    inside = [path.removeprefix("wrapped").removeprefix(".") for path in paths if path.split(".")[0] == "wrapped"]
-    return tuple(path for path in inside if path)
-
-
-def _source(node: fx.Node) -> Where | None:
-    return _traced_line(node.stack_trace) if node.stack_trace else None
-
-
+    return tuple(path.removeprefix("wrapped.") for path in paths if path.startswith("wrapped."))

@@ -1,0 +1,225 @@
+"""Tidying the emitted code: local identities, declared as pairs of functions, so that it reads as a person writes it.
+
+What is global (what is cut, where all-reduces go) was decided by the placement. One generic test proves every
+pattern, forward and backward, in all states that its variables can have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from tpcompile import collectives
+from tpcompile.collectives import run_length, transition_of
+from tpcompile.passes.canonicalize import VIEWS, is_inplace
+from tpcompile.patterns import Match, Pattern, leaf, rewrite
+from tpcompile.program import Program, copy_graph
+from tpcompile.rules import op_name
+from tpcompile.sentence import is_tensor
+
+aten = torch.ops.aten
+all_reduce = leaf(collectives.all_reduce)
+copy = leaf(collectives.copy)
+cut = leaf(collectives.cut)
+reduce_scatter = leaf(collectives.reduce_scatter)
+scatter = leaf(collectives.scatter)
+
+
+def tidy(program: Program) -> Program:
+    """Apply ``PATTERNS`` until none fits, compute equal sizes once, and drop what nothing uses."""
+    module, graph = copy_graph(program.graph_module)
+    rewrite(graph, PATTERNS, program, _written(graph))
+    _share_sizes(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return program.with_(graph_module=module)
+
+
+# ---------------------------------------------------------------------------------------------- why not, at some place
+def _other_dtype(match: Match) -> str | None:
+    x, y = match["x"].meta["val"].dtype, match["y"].meta["val"].dtype
+    return None if x == y else f"x is {x} and y is {y}: the message would be in the wider of the two"
+
+
+def _no_bias(match: Match) -> str | None:
+    """Whether ``b`` cannot be the bias of the product whose result, in the root's last dim, it is added to."""
+    b, out = match["b"].meta["val"], match.root.meta["val"]
+    if _sizes(b) != _sizes(out)[-1:]:
+        return f"b is {list(b.shape)}, not one number for each of the {out.shape[-1]} columns"
+    dtypes = {match[v].meta["val"].dtype for v in "xwb"}
+    return None if len(dtypes) == 1 else f"a product with bias takes one dtype, not {sorted(map(str, dtypes))}"
+
+
+def _changes(neutral: int) -> Any:
+    """Whether an addition of (product with) a number does something."""
+
+    def reason(match: Match) -> str | None:
+        number, x, out = match["number"], match["x"].meta["val"], match.root.meta["val"]
+        if not isinstance(number, (int, float)) or number != neutral:
+            return f"the number is {number}, not {neutral}"
+        if x.dtype != out.dtype:
+            return f"it makes {out.dtype} of {x.dtype}"
+        if neutral == 0 and (x.dtype.is_floating_point or x.dtype.is_complex):
+            return "-0.0 + 0 is 0.0"
+        return _is_output(match)
+
+    return reason
+
+
+def _is_output(match: Match) -> str | None:
+    output = any(user.op == "output" for user in match.root.users)
+    return "the program's output must be a tensor of its own" if output else None
+
+
+def _not_a_mask(match: Match) -> str | None:
+    dtype = match["x"].meta["val"].dtype
+    return None if dtype == torch.bool else f"x is {dtype}, not bool"
+
+
+def _changes_shape(match: Match) -> str | None:
+    x, root = match["x"], match.root
+    before, after = _sizes(x.meta["val"]), _sizes(root.meta["val"])
+    if before != after:
+        return f"the shape becomes {list(after)}, it was {list(before)}"
+    cut, uncut = root.meta.get("placement"), x.meta.get("placement")
+    return None if cut is not None and cut == uncut else f"the placement becomes {cut}, it was {uncut}"
+
+
+def _uneven(match: Match) -> str | None:
+    size, dim, parts = match["size"], match["dim"], match["parts"]
+    if not isinstance(parts, tuple) or len({run_length(runs) for runs in parts}) != 1:
+        return "members hold parts of different sizes"
+    return None if isinstance(size[dim], int) else "the size is known only at run time"
+
+
+def _indivisible(match: Match) -> str | None:
+    a, b = match["a"], match["b"]
+    if not isinstance(a, int) or not isinstance(b, int) or a % b:
+        return f"{b} does not divide {a}"
+    return None
+
+
+def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
+    """Shape of a fake tensor; symbolic sizes are compared as expressions, without a guess."""
+    return tuple(n.node.expr if isinstance(n, torch.SymInt) else n for n in value.shape)
+
+
+# ---------------------------------------------------------------------------------------------- the patterns
+def _biased(product: Any, with_bias: Any) -> tuple[Pattern, Pattern]:
+    """A product plus a bias, and a bias plus a product, is a product with bias."""
+    name = f"a bias goes into its {product.overloadpacket.__name__}"
+    return (
+        Pattern(name, lambda x, w, b: aten.add.Tensor(product(x, w), b), with_bias, _no_bias),
+        Pattern(f"{name}, bias first", lambda x, w, b: aten.add.Tensor(b, product(x, w)), with_bias, _no_bias),
+    )
+
+
+def _part(size: Sequence[Any], dim: int, parts: collectives.Parts) -> list[Any]:
+    """``size`` with the part that each member holds of ``dim``."""
+    return [run_length(parts[0]) if d == dim else n for d, n in enumerate(size)]
+
+
+def _born_cut(op: Any) -> Pattern:
+    """A part of a constant is a smaller constant."""
+    return Pattern(
+        f"a part of {op.overloadpacket.__name__} is smaller",
+        lambda size, dtype, layout, device, pin_memory, dim, parts, group: cut(
+            op(size, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory), dim, parts, group
+        ),
+        lambda size, dtype, layout, device, pin_memory, dim, parts, group: op(
+            _part(size, dim, parts), dtype=dtype, layout=layout, device=device, pin_memory=pin_memory
+        ),
+        _uneven,
+    )
+
+
+PATTERNS: tuple[Pattern, ...] = (
+    Pattern(
+        "two all-reduces that meet are one",
+        lambda x, y, group: aten.add.Tensor(all_reduce(x, group), all_reduce(y, group)),
+        lambda x, y, group: all_reduce(aten.add.Tensor(x, y), group),
+        _other_dtype,
+    ),
+    Pattern(
+        "a part of a complete value",
+        lambda x, dim, parts, group: cut(copy(x, group), dim, parts, group),
+        lambda x, dim, parts, group: scatter(x, dim, parts, group),
+    ),
+    Pattern(
+        "a part of an all-reduce is a reduce-scatter",
+        lambda x, dim, parts, group: scatter(all_reduce(x, group), dim, parts, group),
+        lambda x, dim, parts, group: reduce_scatter(x, dim, parts, group),
+    ),
+    *_biased(aten.linear.default, lambda x, w, b: aten.linear.default(x, w, b)),
+    *_biased(aten.mm.default, lambda x, w, b: aten.addmm.default(b, x, w)),
+    *map(_born_cut, (aten.zeros.default, aten.ones.default)),
+    Pattern(
+        "a part of full is smaller",
+        lambda size, value, dtype, layout, device, pin_memory, dim, parts, group: cut(
+            aten.full.default(size, value, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory),
+            dim, parts, group,
+        ),
+        lambda size, value, dtype, layout, device, pin_memory, dim, parts, group: aten.full.default(
+            _part(size, dim, parts), value, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory
+        ),
+        _uneven,
+    ),
+    Pattern("x + 0 is x", lambda x, number: aten.add.Tensor(x, number), lambda x, number: x, _changes(0)),
+    Pattern("x * 1 is x", lambda x, number: aten.mul.Tensor(x, number), lambda x, number: x, _changes(1)),
+    Pattern(
+        "True & x is x",
+        lambda x, y, dtype, pin_memory: aten.__and__.Tensor(
+            aten.new_ones.default(y, [], dtype=dtype, pin_memory=pin_memory), x
+        ),
+        lambda x, y, dtype, pin_memory: x,
+        _not_a_mask,
+    ),
+    Pattern(
+        "a reshape to the same shape",
+        lambda x, shape: aten.reshape.default(x, shape), lambda x, shape: x, _changes_shape,
+    ),
+    Pattern("a view of the same shape", lambda x, shape: aten.view.default(x, shape), lambda x, shape: x, _changes_shape),
+    Pattern(
+        "a reshape copies where it must",
+        lambda x, shape: aten.reshape.default(aten.contiguous.default(x), shape),
+        lambda x, shape: aten.reshape.default(x, shape),
+    ),
+    Pattern(
+        "a view of a copy is a reshape",
+        lambda x, shape: aten.view.default(aten.contiguous.default(x), shape),
+        lambda x, shape: aten.reshape.default(x, shape),
+    ),
+    Pattern("(n * a) // b, divided", lambda n, a, b: n * a // b, lambda n, a, b: n * (a // b), _indivisible),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- what is no pattern
+def _written(graph: torch.fx.Graph) -> frozenset[torch.fx.Node]:
+    """Nodes that may share memory with what an in-place op writes."""
+    base: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in graph.nodes:
+        first = node.args[0] if node.op == "call_function" and node.args else None
+        shares = op_name(node) in VIEWS or is_inplace(node) or transition_of(node.target) is not None
+        base[node] = base[first] if isinstance(first, torch.fx.Node) and shares else node
+    written = {base[node] for node in graph.nodes if is_inplace(node)}
+    return frozenset(node for node, of in base.items() if of in written)
+
+
+def _share_sizes(graph: torch.fx.Graph) -> None:
+    """Equal arithmetic on sizes in one module is done once."""
+    first: dict[tuple[Any, ...], torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or is_tensor(node) or not isinstance(value, (int, torch.SymInt)) or node.kwargs:
+            continue
+        same = first.setdefault((node.target, node.args, node.meta.get("module")), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
+__all__ = ["PATTERNS", "tidy"]
