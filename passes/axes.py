@@ -19,7 +19,7 @@ from tpcompile.program import Cut, Program, where
 from tpcompile.rules import RULES, op_name
 from tpcompile.sentence import Sentence
 from tpcompile.spec import Claim
-from tpcompile.structure import Atom, Cat, Prod, Term, atoms, factors, find, segments, size
+from tpcompile.structure import Atom, Cat, Prod, Term, atoms, factors, find, prod, segments, size
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,28 @@ def axes(program: Program) -> Program:
             continue
         for use, term in _terms(program, claim):
             (rows if claim.word == "row" else wanted).append((claim, term, use))
-    wanted.sort(key=lambda item: -len(_candidates(item[1])))
     plan: dict[int, tuple[Atom, int, int]] = {}  # atom id -> (atom, ranks before it, ranks it is cut over)
     origin: dict[int, tuple[str, Claim]] = {}
     considered: set[int] = set()  # atoms left whole on purpose by the plan of a finer term (kv heads, replicated)
-    for claim, term, use in wanted:
-        if any(id(a) in plan or id(a) in considered for a in atoms(term)):
+    refused: list[tuple[Term, ShardingError]] = []
+    segmented = [(claim, term, part) for claim, term, _ in wanted for part in segments(term)]
+    for claim, term, part in sorted(segmented, key=lambda item: -len(candidates(item[2]))):
+        if any(id(a) in plan or id(a) in considered for a in atoms(part)):
             continue
         before = 1
-        considered |= {id(a) for a in _candidates(term) if not a.pins}
-        for atom, over in _choose(program, claim, term, use):
+        try:
+            chosen = _choose(program, claim, part)
+        except ShardingError as error:
+            refused.append((term, error))
+            continue
+        considered |= {id(a) for a in candidates(part) if not a.pins}
+        for atom, over in chosen:
             plan[id(atom)] = (atom, before, over)
             origin[id(atom)] = (claim.parameter, claim)
             before *= over
+    for term, error in refused:  # a fused weight whose segments are cut one by one may keep some of them whole
+        if not any(id(a) in plan or id(a) in considered for a in atoms(term)):
+            raise error
     _check_rows(program, rows, set(plan), wanted)
     mesh = _mesh(program.degree, plan)
     cut_axes = {key: _axes_between(mesh, before, before * over) for key, (_, before, over) in plan.items()}
@@ -94,7 +103,7 @@ def uses_of(program: Program, parameter: str) -> Iterator[Use]:
     """Every product or lookup that reads a parameter, directly or through transposes, casts and reshapes."""
     structure = program.structure
     assert structure is not None
-    pending = [n for n in program.graph.nodes if n.op == "get_attr" and n.target == parameter]
+    pending = list(program.graph.find_nodes(op="get_attr", target=parameter))
     seen = set(pending)
     while pending:
         node = pending.pop()
@@ -125,11 +134,11 @@ def _use(program: Program, node: torch.fx.Node, sentence: Sentence, index: int) 
     column = [t for x, t in zip(sentence.operands[index], terms, strict=True) if x in results and x not in others]
     row = [t for x, t in zip(sentence.operands[index], terms, strict=True) if x not in results]
     table = not any(x in others for x in sentence.operands[index] if x not in results)
-    return Use(node, column[-1] if column else None, row[0] if row else None, table)
+    return Use(node, prod(column) if column else None, prod(row) if row else None, table)
 
 
-def _candidates(term: Term) -> list[Atom]:
-    """Atoms that may be cut, outermost first; in a concatenation those that all segments share come first."""
+def candidates(term: Term) -> list[Atom]:
+    """Atoms of more than one position, outermost first; in a concatenation those that all segments share come first."""
     found: dict[int, Atom] = {}
 
     def walk(t: Term) -> None:
@@ -153,9 +162,9 @@ def _candidates(term: Term) -> list[Atom]:
     return list(found.values())
 
 
-def _choose(program: Program, claim: Claim, term: Term, use: Use) -> list[tuple[Atom, int]]:
+def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[Atom, int]]:
     """Atoms of ``term`` to cut and over how many ranks each, outermost first; they multiply to the degree."""
-    everything = _candidates(term)
+    everything = candidates(term)
     free = everything if claim.word == "vocab" else [a for a in everything if not a.pins]
     if not free:
         pin = next((p for a in everything for p in a.pins), None)
@@ -299,4 +308,4 @@ def _line(claim: Claim) -> str:
     return f"{place.file}:{place.line}" if place is not None else claim.word
 
 
-__all__ = ["Use", "axes", "divide", "uses_of"]
+__all__ = ["Use", "axes", "candidates", "divide", "uses_of"]

@@ -32,23 +32,24 @@ def parameter_copies(program: Program) -> Program:
 
 
 def _merge(graph: torch.fx.Graph, group: str, copies: list[torch.fx.Node], first: torch.fx.Node) -> None:
-    """One ``copy_all`` in front of ``first`` instead of ``copies``; each gets its item, with its own metadata."""
+    """One ``copy_all`` in front of ``first`` instead of ``copies``, and its items, all outside of any layer."""
     parameters: list[Any] = [node.args[0] for node in copies]
+    order = {node: i for i, node in enumerate(graph.nodes)}
     for parameter in parameters:
-        first.prepend(parameter)
+        if order[parameter] > order[first]:
+            first.prepend(parameter)
+    top: dict[str, Any] = {"module": "", "modules": ()}
     with graph.inserting_before(first):
         every = graph.create_node("call_function", collectives.copy_all, (parameters, group), name="copy_all")
         every.meta = {
             "val": tuple(node.meta["val"] for node in copies),
             "placement": tuple(node.meta["placement"] for node in copies),
-            "module": "",
-            "modules": (),
-        }
+        } | top
         for index, (node, parameter) in enumerate(zip(copies, parameters, strict=True)):
             item = graph.create_node(
                 "call_function", operator.getitem, (every, index), name=f"{parameter.name}_copy"
             )
-            item.meta = dict(node.meta)
+            item.meta = dict(node.meta) | top
             node.replace_all_uses_with(item)
             graph.erase_node(node)
 

@@ -49,13 +49,14 @@ def place(program: Program) -> Program:
 
 def needs_grad(program: Program) -> frozenset[str]:
     """Names of values through which a gradient may flow (to a parameter or a floating-point input)."""
+
+    def carries(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
     found: set[str] = set()
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, (tuple, list)):
-            floating = any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in value)
-        else:
-            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        floating = any(map(carries, value)) if isinstance(value, (tuple, list)) else carries(value)
         if not floating or node.meta.get("no_grad") or op_name(node) == "aten.detach.default":
             continue
         if node.op == "placeholder":
@@ -163,7 +164,7 @@ def _blocked(program: Program, node: torch.fx.Node, error: PlacementError) -> Sh
     return ShardingError(
         f"a cut axis meets {op_name(node)}, which cannot run on a part of it",
         where=where(node),
-        why=str(error) + (f" (cuts come from {asked})" if asked else ""),
+        why=program.mesh.named(str(error)) + (f" (cuts come from {asked})" if asked else ""),
         help=f"say `replicate` for the Linear that feeds {node.meta.get('module') or 'this op'}, or cut another axis",
     )
 

@@ -14,6 +14,8 @@ import torch.fx
 
 from tpcompile import collectives
 from tpcompile.collectives import run_length, transition_of
+from tpcompile.layout import Mesh
+from tpcompile.localize import per_rank
 from tpcompile.passes.canonicalize import VIEWS, is_inplace
 from tpcompile.patterns import Match, Pattern, leaf, rewrite
 from tpcompile.program import Program, copy_graph
@@ -21,6 +23,7 @@ from tpcompile.rules import op_name
 from tpcompile.sentence import is_tensor
 
 aten = torch.ops.aten
+EVERYBODY = Mesh((1,)).group_name([0])  # the group whose members are all ranks, in their order
 all_reduce = leaf(collectives.all_reduce)
 copy = leaf(collectives.copy)
 cut = leaf(collectives.cut)
@@ -89,11 +92,13 @@ def _changes_shape(match: Match) -> str | None:
     return None if cut is not None and cut == uncut else f"the placement becomes {cut}, it was {uncut}"
 
 
-def _uneven(match: Match) -> str | None:
+def _unknown_part(match: Match) -> str | None:
     size, dim, parts = match["size"], match["dim"], match["parts"]
-    if not isinstance(parts, tuple) or len({run_length(runs) for runs in parts}) != 1:
-        return "members hold parts of different sizes"
-    return None if isinstance(size[dim], int) else "the size is known only at run time"
+    if not isinstance(parts, tuple) or not isinstance(size[dim], int):
+        return "the size of the part is known only at run time"
+    if len({run_length(runs) for runs in parts}) > 1 and match["group"] != EVERYBODY:
+        return "ranks hold parts of different sizes"
+    return None
 
 
 def _indivisible(match: Match) -> str | None:
@@ -119,8 +124,8 @@ def _biased(product: Any, with_bias: Any) -> tuple[Pattern, Pattern]:
 
 
 def _part(size: Sequence[Any], dim: int, parts: collectives.Parts) -> list[Any]:
-    """``size`` with the part that each member holds of ``dim``."""
-    return [run_length(parts[0]) if d == dim else n for d, n in enumerate(size)]
+    """``size`` with the part that a rank holds of ``dim``."""
+    return [per_rank(list(map(run_length, parts))) if d == dim else n for d, n in enumerate(size)]
 
 
 def _born_cut(op: Any) -> Pattern:
@@ -133,7 +138,7 @@ def _born_cut(op: Any) -> Pattern:
         lambda size, dtype, layout, device, pin_memory, dim, parts, group: op(
             _part(size, dim, parts), dtype=dtype, layout=layout, device=device, pin_memory=pin_memory
         ),
-        _uneven,
+        _unknown_part,
     )
 
 
@@ -166,7 +171,7 @@ PATTERNS: tuple[Pattern, ...] = (
         lambda size, value, dtype, layout, device, pin_memory, dim, parts, group: aten.full.default(
             _part(size, dim, parts), value, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory
         ),
-        _uneven,
+        _unknown_part,
     ),
     Pattern("x + 0 is x", lambda x, number: aten.add.Tensor(x, number), lambda x, number: x, _changes(0)),
     Pattern("x * 1 is x", lambda x, number: aten.mul.Tensor(x, number), lambda x, number: x, _changes(1)),
@@ -182,7 +187,10 @@ PATTERNS: tuple[Pattern, ...] = (
         "a reshape to the same shape",
         lambda x, shape: aten.reshape.default(x, shape), lambda x, shape: x, _changes_shape,
     ),
-    Pattern("a view of the same shape", lambda x, shape: aten.view.default(x, shape), lambda x, shape: x, _changes_shape),
+    Pattern(
+        "a view of the same shape",
+        lambda x, shape: aten.view.default(x, shape), lambda x, shape: x, _changes_shape,
+    ),
     Pattern(
         "a reshape copies where it must",
         lambda x, shape: aten.reshape.default(aten.contiguous.default(x), shape),
@@ -192,6 +200,11 @@ PATTERNS: tuple[Pattern, ...] = (
         "a view of a copy is a reshape",
         lambda x, shape: aten.view.default(aten.contiguous.default(x), shape),
         lambda x, shape: aten.reshape.default(x, shape),
+    ),
+    Pattern(
+        "a view of a reshape is a reshape",
+        lambda x, shape, other: aten.view.default(aten.reshape.default(x, other), shape),
+        lambda x, shape, other: aten.reshape.default(x, shape),
     ),
     Pattern("(n * a) // b, divided", lambda n, a, b: n * a // b, lambda n, a, b: n * (a // b), _indivisible),
 )  # fmt: skip

@@ -9,5 +9,5 @@ from tpcompile.launch import launch
 
 
 def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 240.0) -> list[Any]:
-    """``function(*args)`` on ``ranks`` gloo processes; raises the error of the rank that failed first, by its number."""
+    """``function(*args)`` on ``ranks`` gloo processes; raises the error of the first rank that failed."""
     return launch(function, ranks, args, timeout)

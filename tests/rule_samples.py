@@ -1,15 +1,20 @@
 """Sample calls of every op that has a rule, as data: what the truth test cuts in every way.
 
-A new row needs a line here and no test of its own. Choose sizes that tell dims apart and that have several factors
-(4, 6, 12), arguments that are not the defaults, and values at which a wrong rule shows.
+A new row needs a line here and no test of its own. Choose sizes that tell dims apart and that have factors (4, 6, 12),
+arguments that are not the defaults, and values at which a wrong rule shows. Three operands want small dims: the
+placements of all are multiplied.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rule_truth import Given, Number, Sample
+
+from tpcompile.rules import ALIASES
 
 
 def real(*shape: int, low: float = -1.5, high: float = 1.5, order: tuple[int, ...] | None = None) -> Given:
@@ -32,83 +37,123 @@ def bools(*shape: int) -> Given:
     return Given(shape, 0, 2, torch.bool)
 
 
+def imaginary(*shape: int) -> Given:
+    return Given(shape, -1.5, 1.5, torch.complex128)
+
+
+def statistics(*shape: int) -> Given:
+    """A buffer, which receives no gradient."""
+    return Given(shape, 0.3, 1.4, constant=True)
+
+
 def call(op: str, *args: Any, **kwargs: Any) -> Sample:
     return Sample(f"aten.{op}", args, kwargs)
 
 
-def _each(names: str, *args: Any, **kwargs: Any) -> tuple[Sample, ...]:
+def each(names: str, *args: Any, **kwargs: Any) -> tuple[Sample, ...]:
+    """One call of several overloads (``default`` if none is named)."""
     return tuple(call(name if "." in name else f"{name}.default", *args, **kwargs) for name in names.split())
 
 
-# two dims, the second a product of two; the last sample has an order in memory that is not its own
-ELEMENTWISE = (
-    *_each("neg alias clone contiguous detach lift_fresh_copy positive abs exp exp2 expm1 relu", real(4, 6)),
-    *_each("gelu silu mish sigmoid tanh erf erfc sin cos atan sinh cosh sign sgn square", real(4, 6)),
-    *_each("isnan isinf isfinite floor ceil round trunc frac", real(4, 6)),
-    *_each("nan_to_num hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus", real(4, 6)),
-    *_each("log_sigmoid relu6 softshrink hardshrink", real(4, 6)),
-    *_each("log log2 log10 log1p sqrt rsqrt reciprocal tan", positive(4, 6)),
-    *_each("asin acos logit", fraction(4, 6)),
-    *_each("logical_not bitwise_not", bools(4, 6)),
-    call("bitwise_not.default", ints(4, 6)),
-    call("clone.default", real(4, 6, order=(1, 0)), memory_format=torch.contiguous_format),
-    call("gelu.default", real(4, 6), approximate="tanh"),
-    call("round.decimals", real(4, 6), decimals=1),
-    call("clamp.default", real(4, 6), -0.5, 0.7),
-    call("clamp.default", real(4, 6), None, 0.7),
-    call("clamp.Tensor", real(4, 6), real(6), real(4, 1)),
-    call("clamp.Tensor", real(4, 6), None, real(4, 1)),
-    *_each("clamp_min clamp_max", real(4, 6), 0.2),
-    *_each("clamp_min.Tensor clamp_max.Tensor", real(4, 6), real(4, 1)),
-    call("threshold.default", real(4, 6), 0.1, 20.0),
-    *_each("eq.Scalar ne.Scalar", ints(4, 6), 2),
-    *_each("lt.Scalar le.Scalar gt.Scalar ge.Scalar", real(4, 6), 0.3),
-    *_each("eq.Tensor ne.Tensor", ints(4, 6), ints(6)),
-    *_each("lt.Tensor le.Tensor gt.Tensor ge.Tensor", real(4, 6), real(4, 1)),
-    *_each("maximum minimum atan2 hypot", real(4, 6), real(6)),
-    *_each("max.other min.other", real(4, 6), real(6)),
-    *_each("bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor", ints(4, 6), ints(6)),
-    *_each("bitwise_and.Scalar bitwise_or.Scalar bitwise_xor.Scalar", ints(4, 6), 3),
-    *_each("bitwise_and.Scalar_Tensor bitwise_or.Scalar_Tensor bitwise_xor.Scalar_Tensor", 3, ints(4, 6)),
-    *_each("__and__.Tensor __or__.Tensor __xor__.Tensor", bools(4, 6), bools(4, 1)),
-    *_each("__and__.Scalar __or__.Scalar __xor__.Scalar", ints(4, 6), 3),
-    *_each("logical_and logical_or logical_xor", bools(4, 6), bools(6)),
-    *_each("fmod.Tensor remainder.Tensor floor_divide", real(4, 6), positive(6)),
-    *_each("fmod.Scalar remainder.Scalar floor_divide.Scalar", real(4, 6), 0.4),
-    call("remainder.Scalar_Tensor", 7, positive(4, 6)),
-    call("pow.Tensor_Tensor", positive(4, 6), real(6)),
-    call("pow.Tensor_Scalar", real(4, 6), 3),
-    call("pow.Scalar", 1.7, real(4, 6)),
-    call("to.dtype", ints(4, 6), torch.float64),
-    call("to.dtype", real(4, 6), torch.float64, False, True),
-    call("to.dtype_layout", real(4, 6), dtype=torch.float64, copy=True),
-    call("to.device", real(4, 6), "cpu", torch.float64, False, True),
-    call("_to_copy.default", real(4, 6), dtype=torch.float64),
-    *_each("add.Tensor sub.Tensor rsub.Tensor", real(4, 6), real(6), alpha=1.7),
-    *_each("add.Tensor sub.Tensor rsub.Tensor", real(4, 1), real(4, 6)),
-    *_each("add.Tensor sub.Tensor rsub.Tensor", real(4, 6), 0.6),
-    *_each("add.Scalar sub.Scalar rsub.Scalar", real(4, 6), 0.6),
-    *_each("mul.Tensor div.Tensor", real(4, 6), positive(6)),
-    *_each("mul.Tensor div.Tensor", real(6), positive(4, 6)),
-    *_each("mul.Tensor div.Tensor", real(4, 6), 0.6),
-    *_each("mul.Scalar div.Scalar", real(4, 6), 0.6),
-    call("div.Tensor_mode", real(4, 6), positive(6), rounding_mode="floor"),
-    call("div.Scalar_mode", real(4, 6), 0.4, rounding_mode="trunc"),
-    call("lerp.Scalar", real(4, 6), real(6), 0.3),
-    call("lerp.Tensor", real(4, 6), real(6), fraction(4, 1)),
-    call("addcmul.default", real(6), real(4, 6), real(4, 1), value=1.3),
-    call("addcdiv.default", real(6), real(4, 6), positive(4, 1), value=1.3),
-    call("where.self", bools(4, 6), real(6), real(4, 1)),
-    call("where.ScalarSelf", bools(4, 6), 0.3, real(6)),
+def _on_two(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+    """On two ranks: the sentence is that of every elementwise op, only the op differs."""
+    return tuple(replace(s, degrees=(2,)) for s in samples)
+
+
+ELEMENTWISE = _on_two((
+    *each("neg alias clone contiguous detach lift_fresh_copy positive", real(2, 3)),
+    *each("abs exp exp2 expm1 relu gelu silu mish sigmoid tanh erf erfc sin cos atan sinh cosh", real(2, 3)),
+    *each("sign sgn square isnan isinf isfinite floor ceil round trunc frac sinc", real(2, 3)),
+    *each("nan_to_num hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus", real(2, 3)),
+    *each("log_sigmoid relu6 softshrink hardshrink", real(2, 3)),
+    *each("log log2 log10 log1p sqrt rsqrt reciprocal tan digamma lgamma", positive(2, 3)),
+    *each("asin acos logit erfinv", fraction(2, 3)),
+    *each("logical_not bitwise_not", bools(2, 3)),
+    call("bitwise_not.default", ints(2, 3)),
+    *each("real imag _conj angle abs view_as_real", imaginary(2, 3)),
+    call("view_as_complex.default", real(3, 2)),
+    *each("polar complex", positive(2, 3), real(2, 3)),
+    call("mul.Tensor", imaginary(2, 3), imaginary(3)),
+    call("clone.default", real(2, 3, order=(1, 0)), memory_format=torch.contiguous_format),
+    call("gelu.default", real(2, 3), approximate="tanh"),
+    call("round.decimals", real(2, 3), decimals=1),
+    call("clamp.default", real(2, 3), -0.5, 0.7),
+    call("clamp.default", real(2, 3), None, 0.7),
+    call("clamp.Tensor", real(2, 3), real(3), real(2, 1)),
+    call("clamp.Tensor", real(2, 3), None, real(2, 1)),
+    *each("clamp_min clamp_max", real(2, 3), 0.2),
+    *each("clamp_min.Tensor clamp_max.Tensor", real(2, 3), real(2, 1)),
+    call("threshold.default", real(2, 3), 0.1, 20.0),
+    call("prelu.default", real(2, 3), real(3)),
+    call("prelu.default", real(2, 3), real(1)),
+    *each("eq.Scalar ne.Scalar", ints(2, 3), 2),
+    *each("lt.Scalar le.Scalar gt.Scalar ge.Scalar", real(2, 3), 0.3),
+    *each("eq.Tensor ne.Tensor", ints(2, 3), ints(3)),
+    *each("lt.Tensor le.Tensor gt.Tensor ge.Tensor", real(2, 3), real(2, 1)),
+    *each("maximum minimum max.other min.other atan2 hypot logaddexp", real(2, 3), real(3)),
+    *each("bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor", ints(2, 3), ints(3)),
+    *each("bitwise_and.Scalar bitwise_or.Scalar bitwise_xor.Scalar", ints(2, 3), 3),
+    *each("bitwise_and.Scalar_Tensor bitwise_or.Scalar_Tensor bitwise_xor.Scalar_Tensor", 3, ints(2, 3)),
+    *each("__and__.Tensor __or__.Tensor __xor__.Tensor", bools(2, 3), bools(2, 1)),
+    *each("__and__.Scalar __or__.Scalar __xor__.Scalar", ints(2, 3), 3),
+    *each("logical_and logical_or logical_xor", bools(2, 3), bools(3)),
+    *each("fmod.Tensor remainder.Tensor", real(2, 3), positive(3)),
+    *each("fmod.Scalar remainder.Scalar", real(2, 3), 0.4),
+    *each("floor_divide", ints(2, 3, below=9), ints(3, low=1)),
+    *each("floor_divide.Scalar", ints(2, 3, below=9), 2),
+    call("remainder.Scalar_Tensor", 7, ints(2, 3, low=1)),
+    call("pow.Tensor_Tensor", positive(2, 3), real(3)),
+    call("pow.Tensor_Scalar", real(2, 3), 3),
+    call("pow.Scalar", 1.7, real(2, 3)),
+    call("xlogy.Tensor", real(2, 3), positive(3)),
+    call("xlogy.Scalar_Self", 0.7, positive(2, 3)),
+    call("xlogy.Scalar_Other", real(2, 3), 0.7),
+    *each("copysign.Tensor", real(2, 3), real(3)),
+    *each("copysign.Scalar", real(2, 3), -1.0),
+    call("to.dtype", ints(2, 3), torch.float64),
+    call("to.dtype", real(2, 3), torch.float64, False, True),
+    call("to.dtype_layout", real(2, 3), dtype=torch.float64, copy=True),
+    call("to.device", real(2, 3), "cpu", torch.float64, False, True),
+    call("to.other", ints(2, 3), real(2)),
+    call("_to_copy.default", real(2, 3), dtype=torch.float64),
+    call("div.Tensor_mode", ints(2, 3, below=9), ints(3, low=1), rounding_mode="floor"),
+    call("div.Scalar_mode", ints(2, 3, below=9), 2, rounding_mode="trunc"),
+    call("lerp.Scalar", real(2, 3), real(3), 0.3),
+    call("lerp.Tensor", real(2, 3), real(3), fraction(2, 1)),
+    call("addcmul.default", real(3), real(2, 3), real(2, 1), value=1.3),
+    call("addcdiv.default", real(3), real(2, 3), positive(2, 1), value=1.3),
+    call("where.self", bools(2, 3), real(3), real(2, 1)),
+    call("where.ScalarSelf", bools(2, 3), 0.3, real(3)),
+    call("where.ScalarOther", bools(2, 3), real(3), 0.3),
+    call("where.Scalar", bools(2, 3), 0.3, 1.2),
+    call("masked_fill.Scalar", real(2, 3), bools(3), 0.3),
+    call("masked_fill.Tensor", real(2, 3), bools(2, 1), real()),
+    call("fill.Scalar", real(2, 3), 0.3),
+    call("fill.Tensor", real(2, 3), real()),
+    call("expand_as.default", real(2, 1), real(2, 3)),
+    call("broadcast_tensors.default", [real(2, 1), real(3)]),
+    call("bucketize.Tensor", real(2, 3), fraction(3)),
+    call("type_as.default", ints(2, 3), real(3)),
+    *each("zeros_like ones_like", real(2, 3)),
+    call("full_like.default", real(2, 3), 0.3),
+    replace(call("empty_like.default", real(2, 3)), values=False),
+    *each("new_zeros new_ones", real(2, 3), [2, 3]),
+    call("new_full.default", real(2, 3), [3, 4], 0.3),
+    replace(call("new_empty.default", real(2, 3), [2, 3]), values=False),
+    *each("add.Tensor sub.Tensor rsub.Tensor", real(2, 3), real(3), alpha=1.7),
+    *each("add.Tensor sub.Tensor", real(2, 3), 0.6),
+    *each("add.Scalar sub.Scalar rsub.Scalar mul.Scalar div.Scalar", real(2, 3), 0.6),
+    *each("mul.Tensor div.Tensor", real(2, 3), 0.6),
+))  # fmt: skip
+
+# the ops that carry sums, products and choices of cut values: dims with factors, on two ranks and on three
+ARITHMETIC = (
+    call("exp.default", real(4, 6)),
+    call("add.Tensor", real(4, 6), real(4, 1)),
+    call("mul.Tensor", real(4, 6), real(6)),
+    call("div.Tensor", real(6), positive(4, 6)),
+    call("div.Tensor", real(4, 6), positive(4, 6)),
     call("where.ScalarOther", bools(4, 6), real(6), 0.3),
-    call("where.Scalar", bools(4, 6), 0.3, 1.2),
-    call("masked_fill.Scalar", real(4, 6), bools(6), 0.3),
-    call("masked_fill.Tensor", real(4, 6), bools(4, 1), real()),
-    call("type_as.default", ints(4, 6), real(3)),
-    *_each("zeros_like ones_like", real(4, 6)),
-    call("full_like.default", real(4, 6), 0.3),
-    *_each("new_zeros new_ones", real(4, 6), [4, 6]),
-    call("new_full.default", real(4, 6), [3, 4], 0.3),
 )
 
 PRODUCTS = (
@@ -126,7 +171,7 @@ PRODUCTS = (
             ((2, 4, 3, 6), (4, 6, 2)), ((1, 3, 6), (4, 6, 2)), ((4, 6), (3, 6, 2)), ((6,), (4, 6, 3)),
         ]
     ),
-    call("einsum.default", "bqhd,bkhd->bhqk", [real(2, 2, 4, 3), real(2, 2, 4, 3)]),
+    call("einsum.default", "bqhd,bkhd->bhqk", [real(1, 2, 4, 3), real(1, 2, 4, 3)]),
     call("einsum.default", "ij,jk->ik", [real(4, 6), real(6, 3)]),
     call("einsum.default", "ij,jk", [real(4, 6), real(6, 3)]),
     call("einsum.default", "ji,kj", [real(4, 6), real(3, 4)]),
@@ -134,20 +179,40 @@ PRODUCTS = (
     call("einsum.default", "i,j->ij", [real(4), real(6)]),
     call("einsum.default", "ij->ji", [real(4, 6)]),
     call("einsum.default", "ij->i", [real(4, 6)]),
-    call("einsum.default", "i,ij,j->", [real(4), real(4, 6), real(6)]),
+    call("einsum.default", "i,ij,j->", [real(2), real(2, 3), real(3)]),
+    call("einsum.default", "...d,...d->...", [real(4, 6), real(4, 6)]),
+    call("einsum.default", "...d->d", [real(4, 6)]),
+    call("inner.default", real(2, 6), real(3, 6)),
+    call("tensordot.default", real(2, 3, 4), real(4, 6, 3), [1, 2], [2, 0]),
     call("einsum.default", "ii->i", [real(4, 4)]),
-    call("conv1d.default", real(2, 4, 6), real(4, 4, 3), None, [1], [1]),
-    call("conv1d.default", real(2, 4, 6), real(4, 4, 3), real(4), [2], [1]),
-    call("conv1d.default", real(2, 4, 6), real(4, 1, 3), real(4), [1], [2], [1], 4),
-    call("conv1d.default", real(2, 4, 6), real(4, 1, 3), None, [1], [2], [1], 4),
-    call("conv1d.default", real(2, 4, 6), real(4, 2, 3), None, [1], [0], [1], 2),
+    call("conv1d.default", real(2, 4, 3), real(4, 4, 2), None, [1], [1]),
+    call("conv1d.default", real(2, 2, 3), real(4, 2, 2), real(4), [2], [1]),
+    call("conv1d.default", real(1, 4, 3), real(4, 1, 2), real(4), [1], [1], [1], 4),
+    call("conv1d.default", real(1, 6, 3), real(6, 1, 2), None, [1], [1], [1], 6),
+    call("conv1d.default", real(1, 4, 3), real(4, 2, 2), None, [1], [0], [1], 2),
+    call("conv1d.default", real(1, 2, 3), real(4, 1, 2), None, [1], [0], [1], 2),
     call("conv1d.default", real(4, 6), real(4, 4, 3)),
-    call("conv2d.default", real(2, 4, 4, 4), real(6, 4, 2, 2), None, [2, 2]),
-    call("conv3d.default", real(2, 4, 2, 2, 2), real(4, 4, 2, 2, 2)),
-    call("scaled_dot_product_attention.default", real(2, 4, 3, 2), real(2, 4, 5, 2), real(2, 4, 5, 3)),
-    call("scaled_dot_product_attention.default", real(2, 4, 3, 2), real(2, 4, 3, 2), real(2, 4, 3, 2), None, 0.0, True),
-    call("scaled_dot_product_attention.default", real(2, 4, 3, 2), real(2, 4, 3, 2), real(2, 4, 3, 2), real(4, 3, 3)),
-    call("scaled_dot_product_attention.default", real(2, 4, 3, 2), real(2, 1, 3, 2), real(2, 1, 3, 2), real(3, 3)),
+    call("conv1d.padding", real(2, 4, 3), real(4, 4, 2), None, [1], "same"),
+    call("conv2d.default", real(2, 4, 2, 2), real(6, 4, 2, 2), None, [2, 2]),
+    call("conv2d.padding", real(2, 4, 2, 2), real(6, 4, 2, 2), None, [1, 1], "same"),
+    call("conv3d.default", real(2, 2, 2, 2, 2), real(4, 2, 2, 2, 2)),
+    call("conv3d.padding", real(2, 2, 2, 2, 2), real(4, 2, 2, 2, 2), None, [1, 1, 1], "valid"),
+    call("conv_transpose1d.default", real(2, 4, 3), real(4, 6, 2), None, [2]),
+    call("conv_transpose1d.default", real(1, 4, 3), real(4, 1, 2), real(4), [1], [0], [0], 4),
+    call("conv_transpose2d.input", real(2, 4, 2, 2), real(4, 2, 2, 2)),
+    call("conv_transpose3d.input", real(2, 2, 2, 2, 2), real(2, 4, 2, 2, 2)),
+    *each("max_pool1d avg_pool1d", real(2, 4, 4), [2]),
+    *each("max_pool2d avg_pool2d", real(2, 4, 4, 2), [2, 1]),
+    call("adaptive_avg_pool1d.default", real(2, 4, 4), [2]),
+    call("adaptive_avg_pool2d.default", real(2, 4, 4, 2), [1, 2]),
+    call("upsample_nearest1d.vec", real(2, 4, 3), [6], None),
+    call("upsample_linear1d.vec", real(2, 4, 3), [6], False, None),
+    call("upsample_nearest2d.vec", real(2, 4, 3, 2), None, [2.0, 2.0]),
+    *each("upsample_bilinear2d.vec upsample_bicubic2d.vec", real(2, 4, 3, 2), [4, 4], False, None),
+    call("scaled_dot_product_attention.default", real(4, 3, 2), real(4, 2, 2), real(4, 2, 3)),
+    call("scaled_dot_product_attention.default", real(4, 2, 1), real(4, 2, 1), real(4, 2, 1), None, 0.0, True),
+    call("scaled_dot_product_attention.default", real(1, 2, 2, 1), real(1, 2, 2, 1), real(1, 2, 2, 1), real(2, 2, 2)),
+    call("scaled_dot_product_attention.default", real(4, 2, 1), real(1, 2, 1), real(1, 2, 1), bools(2, 2)),
     call("embedding.default", real(12, 4), ints(2, 3, below=12)),
     call("embedding.default", real(12, 4), ints(6, below=12), 3),
     call("embedding.default", real(12, 4), ints(6, below=12), -1, True),
@@ -156,34 +221,38 @@ PRODUCTS = (
 NORMS = (
     call("dropout.default", real(4, 6), 0.4, True),
     call("dropout.default", real(4, 6), 0.4, False),
-    call("dropout.default", real(2, 4, 6, order=(1, 0, 2)), 0.4, True),
-    call("native_dropout.default", real(4, 6), 0.4, True),
-    call("layer_norm.default", real(2, 3, 6), [6], real(6), real(6)),
-    call("layer_norm.default", real(2, 3, 6), [3, 6]),
-    call("rms_norm.default", real(2, 3, 6), [6], real(6)),
-    call("batch_norm.default", real(4, 6), real(6), real(6), real(6), positive(6), False, 0.1, 1e-5, False),
-    call("group_norm.default", real(4, 6, 2), 3, real(6), real(6)),
+    replace(call("dropout.default", real(2, 4, 6, order=(1, 0, 2)), 0.4, True), letters="RH"),
+    call("layer_norm.default", real(4, 3), [3], real(3), real(3)),
+    call("layer_norm.default", real(4, 2, 3), [2, 3]),
+    call("rms_norm.default", real(2, 4, 3), [3], real(3)),
+    call("batch_norm.default", real(2, 3), None, None, statistics(3), statistics(3), False, 0.1, 1e-5, False),
+    replace(
+        call("batch_norm.default", real(2, 2, 1), real(2), real(2), statistics(2), statistics(2), False, 0.1, 1e-5, False),
+        degrees=(2,), letters="RH",
+    ),
+    call("batch_norm.default", real(4, 2), real(2), real(2), None, None, True, 0.1, 1e-5, False),
+    call("group_norm.default", real(2, 4, 3), 2, real(4), real(4)),
     call("cross_entropy_loss.default", real(4, 6), ints(4, below=6)),
-    *_each("softmax.int log_softmax.int", real(4, 3, 6), 1),
-    *_each("softmax.int log_softmax.int", real(4, 6), -1),
-    *_each("cumsum cumprod", real(4, 3, 6), 1),
+    *each("softmax.int log_softmax.int", real(4, 3, 6), 1),
+    *each("softmax.int log_softmax.int", real(4, 6), -1),
+    *each("cumsum cumprod", real(4, 3, 6), 1),
     call("flip.default", real(4, 3, 6), [0, -1]),
     call("roll.default", real(4, 3, 6), [1, 2], [0, -1]),
     call("roll.default", real(4, 6), [3]),
-    *_each("sort.default argsort.default", real(4, 6), 0),
-    *_each("sort.stable argsort.stable", real(4, 6), stable=True, dim=0),
+    *each("sort.default argsort.default", real(4, 6), 0),
+    *each("sort.stable argsort.stable", ints(4, 6), stable=True, dim=0),
     call("topk.default", real(4, 6), 2),
     call("topk.default", real(4, 6), 4, 0),
     call("logcumsumexp.default", real(4, 6), 1),
-    *_each("cummax cummin", real(4, 6), 1),
+    *each("cummax cummin", real(4, 6), 1),
 )
 
 _REDUCTIONS = """amax amin max.dim min.dim argmax argmin prod.dim_int any.dim all.dim mean.dim sum.dim_IntList
 logsumexp var.correction var.dim std.correction std.dim linalg_vector_norm norm.ScalarOpt_dim"""
 
 REDUCTIONS = (
-    *_each("sum mean max min argmax argmin prod", real(4, 6)),
-    *_each("any all", bools(4, 6)),
+    *each("sum mean max min argmax argmin prod", real(4, 6)),
+    *each("any all", bools(4, 6)),
     call("sum.default", ints(4, 6)),
     call("sum.dim_IntList", real(4, 3, 6), [-1]),
     call("sum.dim_IntList", real(4, 3, 6), [0, 2], True),
@@ -191,18 +260,18 @@ REDUCTIONS = (
     call("sum.dim_IntList", bools(4, 6), [0]),
     call("mean.dim", real(4, 3, 6), [-1], True),
     call("mean.dim", real(4, 3, 6), [0, 2]),
-    *_each("amax amin", real(4, 3, 6), [0, 2]),
-    *_each("amax", real(4, 6)),
-    *_each("max.dim min.dim argmax argmin prod.dim_int", real(4, 3, 6), -1, True),
-    *_each("any.dim all.dim", bools(4, 3, 6), 1),
-    *_each("any.dims all.dims", bools(4, 3, 6), [0, 2]),
+    *each("amax amin", real(4, 3, 6), [0, 2]),
+    *each("amax", real(4, 6)),
+    *each("max.dim min.dim argmax argmin prod.dim_int", real(4, 3, 6), -1, True),
+    *each("any.dim all.dim", bools(4, 3, 6), 1),
+    *each("any.dims all.dims", bools(4, 3, 6), [0, 2]),
     call("logsumexp.default", real(4, 3, 6), [1]),
-    *_each("var.dim std.dim", real(4, 3, 6), [0, 1], True, True),
-    *_each("var.correction std.correction var_mean.correction", real(4, 3, 6), [1], correction=0),
-    call("linalg_vector_norm.default", real(4, 3, 6), 2, [1]),
-    call("norm.ScalarOpt_dim", real(4, 3, 6), 2, [1]),
+    *each("var.dim std.dim", real(4, 3, 6), [0, 1], True, True),
+    *each("var.correction std.correction", real(4, 3, 6), [1], correction=0),
+    *each("var_mean.correction std_mean.correction", real(4, 3, 6), [1], correction=0, keepdim=True),
+    *each("linalg_vector_norm linalg_norm norm.ScalarOpt_dim", real(4, 3, 6), 2, [1]),
+    call("linalg_norm.default", real(4, 6)),
     call("aminmax.default", real(4, 6), dim=1),
-    call("count_nonzero.dim_IntList", ints(4, 6, below=3), [1]),
 )
 
 SHAPES = (
@@ -227,12 +296,16 @@ SHAPES = (
     call("expand.default", real(1, 4, 1), [2, -1, 6]),
     call("expand.default", real(6), [4, 6]),
     call("expand.default", real(2, 1), [Number(2), 3]),
+    call("broadcast_to.default", real(4, 1), [2, 4, 6]),
     call("transpose.int", real(4, 3, 6), 0, -1),
     call("t.default", real(4, 6)),
     call("permute.default", real(4, 3, 6), [2, 0, -2]),
-    *_each("mT adjoint", real(2, 4, 6)),
+    *each("mT adjoint", real(2, 4, 6)),
     call("numpy_T.default", real(4, 3, 6)),
-    call("movedim.int", real(4, 3, 6), 0, 2),
+    *each("mH", imaginary(2, 4, 6)),
+    *each("swapaxes swapdims", real(4, 3, 6), -1, 0),
+    *each("movedim.int moveaxis.int", real(4, 3, 6), 0, -1),
+    *each("movedim.intlist moveaxis.intlist", real(4, 3, 6), [2, 0], [0, 1]),
     call("slice.Tensor", real(4, 6), 1, 2, 4),
     call("slice.Tensor", real(4, 6), 1, 0, 2),
     call("slice.Tensor", real(4, 6), 1, -4),
@@ -241,6 +314,8 @@ SHAPES = (
     call("slice.Tensor", real(12), 0, 0, 100, 3),
     call("slice.Tensor", real(6, 2), 0, 3, 3),
     call("slice.Tensor", real(4, 6), 1, Number(2), Number(6)),
+    call("narrow.default", real(4, 6), 1, -4, 2),
+    call("narrow.default", real(4, 6), 1, 2, Number(4)),
     call("select.int", real(4, 6), 1, -4),
     call("select.int", real(6, 4), 0, 1),
     call("split.Tensor", real(4, 6), 2, 1),
@@ -251,6 +326,11 @@ SHAPES = (
     call("split_with_sizes.default", real(6, 4), [4, 2]),
     call("chunk.default", real(4, 6), 2, 1),
     call("chunk.default", real(4, 6), 4, 1),
+    call("tensor_split.sections", real(4, 6), 4, 1),
+    call("tensor_split.indices", real(4, 6), [2, 4], 1),
+    call("glu.default", real(4, 8), -1),
+    call("glu.default", real(6, 4), 0),
+    call("unfold.default", real(4, 3, 6), 1, 2, 1),
     call("unbind.int", real(4, 3, 2), 1),
     call("squeeze.dim", real(4, 1, 6), 1),
     call("squeeze.dim", real(2, 3, 6), 0),
@@ -259,14 +339,15 @@ SHAPES = (
     call("unsqueeze.default", real(4, 6), 1),
     call("unsqueeze.default", real(4, 6), -1),
     call("cat.default", [real(4, 2), real(4, 4)], -1),
-    call("cat.default", [real(2, 6), real(4, 6), real(2, 6)]),
+    call("cat.default", [real(2), real(4), real(2)]),
     call("cat.default", [real(4, 6)], 1),
     call("cat.default", [real(0), real(4, 6)], 1),
-    call("stack.default", [real(4, 6), real(4, 6)], 1),
+    call("stack.default", [real(4, 3), real(4, 3)], 1),
     call("stack.default", [real(4, 6)], -1),
     call("repeat.default", real(4, 6), [1, 2]),
     call("repeat.default", real(4, 1), [2, 1, 3]),
     call("repeat.default", real(4), [3, 1]),
+    call("tile.default", real(2, 4, 3), [2, 1]),
     call("repeat_interleave.self_int", real(4, 6), 2, 0),
     call("repeat_interleave.self_int", real(4, 6), 2, -1),
     call("repeat_interleave.self_int", real(4, 6), 2),
@@ -274,35 +355,59 @@ SHAPES = (
     call("constant_pad_nd.default", real(4, 6), [0, -1, 0, 1]),
     call("pad.default", real(4, 6), [1, 2]),
     call("pad.default", real(2, 4, 6), [1, 2], "reflect"),
-    *_each("tril triu", real(4, 3, 2), 1),
-    call("diagonal.default", real(4, 3, 3), 0, 1, 2),
+    *each("tril triu", real(4, 3, 2), 1),
 )
 
 INDEXING = (
     call("index.Tensor", real(6, 4), [ints(4, below=6)]),
     call("index.Tensor", real(6, 4), [ints(1, below=6)]),
     call("index.Tensor", real(3, 4, 6), [None, ints(2, below=4)]),
-    call("index.Tensor", real(3, 4, 6), [None, ints(2, 1, below=4), ints(4, below=6)]),
-    call("index.Tensor", real(3, 4, 6), [ints(4, below=3), None, ints(4, below=6)]),
-    call("index.Tensor", real(3, 4, 6), [ints(4, 1, below=3), ints(2, below=4)]),
+    call("index.Tensor", real(2, 3, 4), [None, ints(2, 1, below=3), ints(3, below=4)]),
+    call("index.Tensor", real(3, 2, 3), [ints(2, below=3), None, ints(2, below=3)]),
+    call("index.Tensor", real(3, 2, 3), [ints(3, 1, below=3), ints(2, below=2)]),
+    call("index.Tensor", real(6, 4), [bools(6)]),
     call("index_select.default", real(4, 6), 1, ints(4, below=6)),
     call("index_select.default", real(4, 6), 0, ints(2, below=4)),
     call("gather.default", real(4, 6), 1, ints(4, 3, below=6)),
     call("gather.default", real(4, 6), 0, ints(2, 6, below=4)),
     call("gather.default", real(4, 6), 1, ints(2, 6, below=6)),
     call("gather.default", real(4, 6), 1, ints(2, 4, below=6)),
-    call("scatter.src", real(4, 6), 1, ints(4, 3, below=6), real(4, 3)),
-    call("scatter.value", real(4, 6), 1, ints(4, 3, below=6), 0.7),
-    call("scatter_add.default", real(4, 6), 1, ints(4, 3, below=6), real(4, 3)),
-    call("scatter_add.default", real(4, 6), 1, ints(2, 3, below=6), real(4, 4)),
-    call("index_add.default", real(4, 6), 1, ints(3, below=6), real(4, 3)),
-    call("index_put.default", real(6, 4), [ints(3, below=6)], real(3, 4), True),
-    call("index_put.default", real(6, 4), [ints(3, below=6)], real(4), True),
     call("take_along_dim.default", real(4, 6), ints(4, 3, below=6), 1),
+    call("take_along_dim.default", real(1, 6), ints(4, 3, below=6), 1),
+    call("take_along_dim.default", real(4, 6), ints(1, 3, below=6), 1),
+    call("take_along_dim.default", real(4, 6), ints(3, below=6)),
+    call("scatter.src", real(4, 3), 1, ints(4, 1, below=3), real(4, 1)),
+    call("scatter.src", real(4, 3), 1, ints(4, 1, below=3), statistics(4, 2)),
+    call("scatter.value", real(4, 3), 1, ints(4, 2, below=3), 0.7),
+    call("scatter_add.default", real(4, 3), 1, ints(4, 2, below=3), real(4, 2)),
+    call("scatter_add.default", real(4, 3), 1, ints(2, 1, below=3), real(2, 1)),
+    call("scatter_reduce.two", real(2, 3), 1, ints(2, 2, below=3), real(2, 2), "sum"),
+    call("index_add.default", real(4, 3), 1, ints(2, below=3), real(4, 2)),
+    call("index_copy.default", real(4, 3), 1, ints(1, below=3), real(4, 1)),
+    call("index_fill.int_Scalar", real(4, 3), 1, ints(2, below=3), 0.3),
+    call("index_fill.int_Tensor", real(4, 3), 1, ints(2, below=3), real()),
+    call("index_put.default", real(3, 4), [ints(2, below=3)], real(2, 4), True),
+    call("index_put.default", real(3, 4), [ints(2, below=3)], real(4), True),
+    call("index_put.default", real(3, 4), [None, ints(2, below=4)], real(3, 1), True),
     call("one_hot.default", ints(4, 3, below=5), 5),
 )
 
-SAMPLES: tuple[Sample, ...] = (*ELEMENTWISE, *PRODUCTS, *NORMS, *REDUCTIONS, *SHAPES, *INDEXING)
+_NAMED = (*ELEMENTWISE, *ARITHMETIC, *PRODUCTS, *NORMS, *REDUCTIONS, *SHAPES, *INDEXING)
+
+
+def _aliases() -> tuple[Sample, ...]:
+    """The calls of an op under its other names."""
+    return tuple(
+        replace(s, op=f"aten.{alias}.{overload}", degrees=(2,))
+        for alias, real_name in ALIASES.items()
+        for s in _NAMED
+        for _, name, overload in [s.op.split(".")]
+        if name == real_name and math.prod(len(x.shape) for x in s.args if isinstance(x, Given)) <= 2
+        if overload in getattr(torch.ops.aten, alias).overloads()
+    )
+
+
+SAMPLES: tuple[Sample, ...] = (*_NAMED, *_aliases())
 
 
 def samples_of(op: str) -> tuple[Sample, ...]:

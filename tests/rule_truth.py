@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,13 +46,21 @@ class Given:
     high: float = 1.5
     dtype: torch.dtype = torch.float64
     order: tuple[int, ...] | None = None
+    constant: bool = False
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        if self.dtype.is_floating_point:
-            x = torch.empty(self.shape, dtype=self.dtype).uniform_(self.low, self.high, generator=generator)
+        if self.dtype.is_floating_point or self.dtype.is_complex:
+            x = uniform(self.shape, self.dtype, self.low, self.high, generator)
         else:
             x = torch.randint(int(self.low), int(self.high), self.shape, generator=generator).to(self.dtype)
         return in_memory_order(x, self.order)
+
+
+def uniform(shape: Sequence[int], dtype: torch.dtype, low: float, high: float, generator: torch.Generator) -> Tensor:
+    if dtype.is_complex:
+        x = torch.empty((*shape, 2), dtype=torch.float64).uniform_(low, high, generator=generator)
+        return torch.view_as_complex(x)
+    return torch.empty(tuple(shape), dtype=torch.float64).uniform_(low, high, generator=generator).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -71,13 +78,15 @@ class Sample:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     degrees: tuple[int, ...] = (2, 3)
+    letters: str = "RHP"  # states of operands that are not cut
+    values: bool = True  # False: what the op makes is not defined (empty)
 
     def __str__(self) -> str:
         def shown(x: Any) -> str:
             match x:
                 case Given():
                     kind = "" if x.dtype == torch.float64 else str(x.dtype).removeprefix("torch.")
-                    return kind + str(list(x.shape))
+                    return kind + str(list(x.shape)) + ("" if x.order is None else f" in order {list(x.order)}")
                 case Number():
                     return f"n={x.value}"
                 case list() | tuple():
@@ -103,6 +112,7 @@ class Case:
         self.sample = sample
         self.graph = torch.fx.Graph()
         self.inputs: list[Any] = []
+        self.given: list[Given | Number] = []
         placeholders: list[torch.fx.Node] = []
         generator = torch.Generator().manual_seed(7)
 
@@ -114,6 +124,7 @@ class Case:
                     node.meta["val"] = real
                     placeholders.append(node)
                     self.inputs.append(real)
+                    self.given.append(value)
                     return node
                 case list() | tuple():
                     return [place(x) for x in value]
@@ -125,7 +136,10 @@ class Case:
         namespace, name, overload = sample.op.split(".")
         target = getattr(getattr(getattr(torch.ops, namespace), name), overload)
         self.node = self.graph.call_function(target, args, kwargs)
-        leaves = [x.clone().requires_grad_() if _differentiable(x) else x for x in self.inputs]
+        self.differentiable = [
+            isinstance(g, Given) and not g.constant and (g.dtype.is_floating_point or g.dtype.is_complex) for g in self.given
+        ]
+        leaves = [x.clone().requires_grad_() if d else x for x, d in zip(self.inputs, self.differentiable, strict=True)]
         given = dict(zip(placeholders, leaves, strict=True))
         torch.manual_seed(11)
         made = target(*torch.fx.map_arg(args, given.__getitem__), **torch.fx.map_arg(kwargs, given.__getitem__))
@@ -138,14 +152,15 @@ class Case:
             for node, value in zip(self.results, made, strict=True):
                 node.meta["val"] = value
         self.seeds = [
-            torch.empty_like(y).uniform_(-1, 1, generator=generator) if y.is_floating_point() else None
+            uniform(y.shape, y.dtype, -1, 1, generator) if y.is_floating_point() or y.is_complex() else None
             for y in self.outputs
         ]
         loss = _loss(made if self.several else [made], self.seeds)
         if loss is not None:
             loss.backward()
         self.grads: list[Tensor | None] = [
-            (torch.zeros_like(x) if x.grad is None else x.grad) if _differentiable(x) else None for x in leaves
+            (torch.zeros_like(x) if x.grad is None else x.grad) if d else None
+            for x, d in zip(leaves, self.differentiable, strict=True)
         ]
         self.graph.output(())
         self.module = torch.fx.GraphModule(torch.nn.Module(), self.graph)
@@ -159,12 +174,14 @@ class Case:
         return rule.sentence(self.program(Mesh((1,)), {}).call(self.node))
 
 
-def _differentiable(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
 def _loss(outputs: Iterable[Tensor], seeds: Iterable[Tensor | None]) -> Tensor | None:
-    terms = [(y * s).sum() for y, s in zip(outputs, seeds, strict=True) if s is not None and y.requires_grad]
+    """A number whose gradient with respect to every output is its seed (of complex outputs, in both parts)."""
+
+    def parts(x: Tensor) -> Tensor:
+        return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+    found = [(y, s) for y, s in zip(outputs, seeds, strict=True) if s is not None and y.requires_grad]
+    terms = [(parts(y) * parts(s)).sum() for y, s in found]
     return sum(terms[1:], terms[0]) if terms else None
 
 
@@ -204,23 +221,24 @@ def cut_layouts(n: int, mesh: Mesh, axis: int = 0) -> list[Layout]:
     return found
 
 
-def placements(x: Tensor, mesh: Mesh) -> list[Placement]:
+def placements(x: Tensor, mesh: Mesh, letters: str = "RHP") -> list[Placement]:
     """Every placement of a value on a mesh of one axis: R, H, P, and each way to cut each dim."""
-    found = [uncut(x.shape, mesh, letter) for letter in _letters(x)]
+    found = [uncut(x.shape, mesh, letter) for letter in _possible(letters, x)]
     for d, n in enumerate(x.shape):
         for layout in cut_layouts(n, mesh):
             found.append(cut_as([layout if i == d else Leaf(m) for i, m in enumerate(x.shape)], mesh))
     return found
 
 
-def _letters(x: Tensor) -> str:
-    return "RH" if x.dtype == torch.bool else "RHP"
+def _possible(letters: str, x: Tensor) -> str:
+    """A bool has no partial sums."""
+    return letters.replace("P", "") if x.dtype == torch.bool else letters
 
 
-def grid_placements(x: Tensor, mesh: Mesh) -> list[Placement]:
+def grid_placements(x: Tensor, mesh: Mesh, letters: str = "RHP") -> list[Placement]:
     """Placements on a mesh of two axes: for each axis a letter or a dim, and the ways to share a dim."""
     found: list[Placement] = []
-    for first, second in itertools.product([*_letters(x), *range(x.dim())], repeat=2):
+    for first, second in itertools.product([*_possible(letters, x), *range(x.dim())], repeat=2):
         layouts: list[list[Layout]] = [[Leaf(n)] for n in x.shape]
         if first == second and isinstance(first, int):
             n, (a, b) = x.shape[first], mesh.sizes
@@ -274,7 +292,7 @@ def given_values(x: Tensor, placed: Placement, mesh: Mesh, generator: torch.Gene
     for group in _groups(mesh, partial) if partial else []:
         rest = locals_[group[0]].clone()
         for rank in group[1:]:
-            term = torch.empty_like(rest, dtype=torch.float64).uniform_(-2, 2, generator=generator).to(x.dtype)
+            term = uniform(rest.shape, x.dtype, -2, 2, generator)
             locals_[rank], rest = term, rest - term
         locals_[group[0]] = rest
     return [y.clone() for y in locals_]
@@ -285,9 +303,9 @@ def given_gradients(g: Tensor, placed: Placement, mesh: Mesh, generator: torch.G
     seeds = [torch.zeros(())] * mesh.degree
     for group in _groups(mesh, _summed(placed)):
         ones = [torch.ones_like(_local(g, placed, mesh, r)) for r in group]
-        noise = [torch.empty_like(x).uniform_(-1, 1, generator=generator) for x in ones]
+        noise = [uniform(x.shape, x.dtype, -1, 1, generator) for x in ones]
         count = _assembled(ones, placed, mesh, group)
-        missing = (g - _assembled(noise, placed, mesh, group)) / count.clamp(min=1)
+        missing = (g - _assembled(noise, placed, mesh, group)) / count
         for rank, term in zip(group, noise, strict=True):
             seeds[rank] = term + _local(missing, placed, mesh, rank)
     return seeds
@@ -322,9 +340,9 @@ def wrong_gradient(parts: Sequence[Tensor | None], placed: Placement, mesh: Mesh
 def _differs(got: Tensor, expected: Tensor) -> str | None:
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return f"{list(got.shape)} {got.dtype}, expected {list(expected.shape)} {expected.dtype}"
-    if not expected.is_floating_point():
+    if not (expected.is_floating_point() or expected.is_complex()):
         return None if torch.equal(got, expected) else "other values"
-    scale = max(1.0, float(expected.abs().nan_to_num(0, 0, 0).max())) if expected.numel() else 1.0
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     if torch.allclose(got, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True):
         return None
     return f"off by {float((got - expected).abs().max()):.1e}"
@@ -368,15 +386,20 @@ def typing_errors(sentence: Sentence, solution: Solution, case: Case, mesh: Mesh
         read = [
             solution.operands[i].letters[axis]
             for i, at in enumerate(case.tensors)
-            if i not in sentence.references and _differentiable(case.inputs[at])
+            if i not in sentence.references and case.differentiable[at]
         ]
-        made = [p.letters[axis] for p, y in zip(solution.results, case.outputs, strict=True) if _differentiable(y)]
+        made = [p.letters[axis] for p, y in zip(solution.results, case.outputs, strict=True) if y.is_floating_point() or y.is_complex()]
         if not read or not made:
             continue
         if any(x == "R" for x in read) and any(x != "R" for x in [*read, *made]):
             yield f"operands {read} make results {made} on axis {axis}"
         if all(x != "R" for x in read) and any(x == "R" for x in made):
             yield f"operands {read} make results {made} on axis {axis}"
+
+
+def uncompiled() -> Any:
+    """GraphModules without Python code of their own: the simulation interprets them."""
+    return mock.patch.object(torch.fx.GraphModule, "recompile")
 
 
 def run(
@@ -395,7 +418,7 @@ def run(
     if case.several:
         table |= {n.name: Row((), (p,), (p,), "") for n, p in zip(case.results, solution.results, strict=True)}
     try:
-        with mock.patch.object(EMISSION, "RULES", {rule.op: rule}):
+        with mock.patch.object(EMISSION, "RULES", {rule.op: rule}), uncompiled():
             emitted = EMISSION.emit(case.program(mesh, table)).graph_module
     except ShardingError as error:
         return None, error.why or error.what
@@ -406,14 +429,15 @@ def run(
     placed = dict(zip(case.tensors, ins, strict=True))
     for i, x in enumerate(case.inputs):
         values = given_values(x, placed[i], mesh, generator) if i in placed else [x] * mesh.degree
-        order = _order(case.sample, i)
+        given = case.given[i]
         for mine, value in zip(inputs, values, strict=True):
-            value = in_memory_order(value, order) if isinstance(value, Tensor) else value
-            mine.append(value.requires_grad_() if _differentiable(value) else value)
+            if isinstance(given, Given):
+                value = in_memory_order(value, given.order).requires_grad_(case.differentiable[i])
+            mine.append(value)
     torch.manual_seed(11)
     made = Simulation(emitted, mesh.degree, mesh.all_groups()).run(inputs)
     for i, (whole, p) in enumerate(zip(case.outputs, solution.results, strict=True)):
-        if error := wrong_value([mine[i].detach() for mine in made], p, mesh, whole):
+        if case.sample.values and (error := wrong_value([mine[i].detach() for mine in made], p, mesh, whole)):
             return solution, f"result {i} as {p}, {error}"
     seeds = [
         [None] * mesh.degree if g is None else given_gradients(g, p, mesh, generator)
@@ -430,33 +454,10 @@ def run(
     return solution, None
 
 
-def _order(sample: Sample, index: int) -> tuple[int, ...] | None:
-    def leaves(x: Any) -> Iterator[Given | Number]:
-        if isinstance(x, (Given, Number)):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            for item in x:  # pyright: ignore[reportUnknownVariableType]
-                yield from leaves(item)
-
-    found = [y for x in (*sample.args, *sample.kwargs.values()) for y in leaves(x)][index]
-    return found.order if isinstance(found, Given) else None
-
-
-def assignments(case: Case, mesh: Mesh, limit: int | None = None) -> Iterator[tuple[Placement, ...]]:
-    """All placements of all operands. More than ``limit``: those that cut at most two operands in the same way."""
+def assignments(case: Case, mesh: Mesh) -> Iterator[tuple[Placement, ...]]:
+    """All placements of all operands."""
     every = grid_placements if len(mesh.sizes) > 1 else placements
-    choices = [every(case.inputs[i], mesh) for i in case.tensors]
-    found = itertools.product(*choices)
-    if limit is not None and math.prod(map(len, choices)) > limit:
-        found = itertools.islice(_spread(found, math.prod(map(len, choices)), limit), limit)
-    yield from found
-
-
-def _spread(items: Iterable[tuple[Placement, ...]], total: int, limit: int) -> Iterator[tuple[Placement, ...]]:
-    step = total // limit + 1
-    while math.gcd(step, total) != 1:
-        step += 1
-    yield from itertools.islice(items, 0, None, step)
+    return itertools.product(*(every(case.inputs[i], mesh, case.sample.letters) for i in case.tensors))
 
 
 def check(
@@ -464,7 +465,6 @@ def check(
     samples: Iterable[Sample],
     *,
     meshes: Callable[[Sample], Iterable[Mesh]] = lambda s: [Mesh((d,)) for d in s.degrees],
-    limit: int | None = None,
     first_only: bool = False,
 ) -> Report:
     """Try every layout of every sample on every mesh."""
@@ -478,7 +478,7 @@ def check(
             report.refused[str(error)] += 1
             continue
         for mesh in meshes(sample):
-            for ins in assignments(case, mesh, limit):
+            for ins in assignments(case, mesh):
                 for options in _options(ins, mesh):
                     report.tried += 1
                     try:

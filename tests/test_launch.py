@@ -88,9 +88,9 @@ def test_a_rank_that_dies_is_named() -> None:
 
 def test_a_rank_that_hangs_is_named_with_its_place() -> None:
     start = time.monotonic()
-    error = failing(hanging, timeout=20.0)
-    assert time.monotonic() - start < 40
-    assert error.what == "2 of 2 ranks did not finish within 20 s"
+    error = failing(hanging, timeout=30.0)
+    assert time.monotonic() - start < 60
+    assert error.what == "2 of 2 ranks did not finish within 30 s"
     assert error.why is not None
     first, second = error.why.split("; ")
     assert first.startswith("rank 1 is at ")

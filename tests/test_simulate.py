@@ -38,7 +38,7 @@ def simulated(case: Case, recorder: Recorder | None = None) -> Outcome:
     def build(graph: fx.Graph) -> Any:
         x = graph.placeholder("x")
         first = [x, graph.call_function(aten.clone.default, (x,))] if case.name == "copy_all" else x
-        arguments = [PerRank(tuple(values)) for values in zip(*map(case.arguments, range(case.ranks)), strict=True)]
+        arguments: list[Any] = list(map(PerRank, zip(*map(case.arguments, range(case.ranks)), strict=True)))
         y = graph.call_function(getattr(collectives, case.name), (first, *arguments, "tp"))
         return (graph.call_function(lambda ys: ys[0], (y,)) if case.name == "copy_all" else y,)
 
@@ -260,8 +260,8 @@ def test_graphs_of_their_own() -> None:
 
     outputs = Simulation([graph_of(0), graph_of(1)], 2, {}).run([torch.zeros(1)])
     assert [float(y) for (y,) in outputs] == [0.0, 1.0]
+    other = program(lambda graph: (graph.call_function(torch.mul, (graph.placeholder("x"), 1)),))
     with pytest.raises(ValueError, match="graphs part at node 1"):
-        other = program(lambda graph: (graph.call_function(torch.mul, (graph.placeholder("x"), 1)),))
         Simulation([graph_of(0), other], 2, {}).run([torch.zeros(1)])
 
 

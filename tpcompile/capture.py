@@ -174,9 +174,10 @@ class Captured:
 
     def _check_sizes(self, sizes: tuple[torch.Size, ...]) -> None:
         places = [(i, dim) for i, wanted in enumerate(self.inputs) for dim in range(wanted.example.dim())]
+        expected: int | torch.SymInt
         for i, dim in places:
             wanted, expected, got = self.inputs[i], self.inputs[i].example.shape[dim], sizes[i][dim]
-            if isinstance(expected, int) and expected != got:
+            if not isinstance(expected, torch.SymInt) and expected != got:
                 raise CaptureError(
                     f"input {_quoted(wanted.path)} has size {got} in dim {dim}, captured with {expected}",
                     where=wanted.fixed.get(dim),
@@ -371,6 +372,7 @@ def _hints(graph_module: fx.GraphModule, guards: Sequence[Guard]) -> dict[sympy.
     prime = 1_000_000  # beyond the sizes of models, so that no hint divides one
     for symbol in sorted(symbols, key=str):
         prime = int(sympy.nextprime(prime))
-        moduli = (mod.args[1] for guard in guards for mod in guard.condition.atoms(Mod) if mod.args[0] == symbol)
-        hints[symbol] = prime * math.lcm(*(int(modulus) for modulus in moduli if modulus.is_Integer))
+        remainders: list[Any] = [mod.args for guard in guards for mod in guard.condition.atoms(Mod)]
+        moduli = [int(by) for of, by in remainders if of == symbol and isinstance(by, sympy.Integer)]
+        hints[symbol] = prime * math.lcm(*moduli)
     return hints

@@ -7,7 +7,7 @@ rewritten graph a transition is one call of the function of the same name.
 
 Eager runs plain c10d calls; what is traced (torch.compile, fake tensors) gets functional collectives; torch.export
 gets one custom op, since it would inline an autograd function and lose its adjoint. Everything that torch renames
-between versions is in this file. Tried on torch 2.13.
+between versions is in this file. Tried on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from tpcompile.collectives import transition_of
 from tpcompile.compare import cotangents, differentiable, gradient_errors, largest, relative_error
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.errors import TpcompileError
+from tpcompile.layout import Layout, Leaf, axes_of, size, whole_segments
 from tpcompile.placement import Placement
 from tpcompile.program import Program, where
 from tpcompile.report import Collective
@@ -57,6 +58,10 @@ class Report:
     mismatch: str | None
     collectives: tuple[Collective, ...]
     timings: Mapping[str, float]
+
+
+class _Failure(Exception):
+    """The rewritten program cannot run to its end; the message says where."""
 
 
 @dataclass
@@ -101,11 +106,15 @@ def verify_program(
     args, kwargs = call_arguments(model, example_inputs)
     flat = program.captured.flatten(args, kwargs)
     eager = _run_eager(model, args, kwargs)
-    native = _simulate(program, program.graph_module, flat, torch.Tensor.detach)
-    native_output, native_gradient = _errors(eager, native)
     wide = [_widened(x) for x in flat]
+    try:
+        native = _simulate(program, program.graph_module, flat, torch.Tensor.detach)
+        exact = _simulate(program, widen(program.graph_module), wide, _widened)
+    except _Failure as failure:
+        timings = {**program.timings, "compare": time.perf_counter() - start}
+        return Report(False, *[math.inf] * 4, False, str(failure), program.collectives, timings)
+    native_output, native_gradient = _errors(eager, native)
     reference = _run_graph(program, widen(program.captured.graph_module), wide)
-    exact = _simulate(program, widen(program.graph_module), wide, _widened)
     output_error, gradient_error = _errors(reference, exact)
     allowed = _allowed(program, eager)
     replicas_equal = exact.replicas_equal and native.replicas_equal
@@ -257,10 +266,24 @@ def _simulate(
     for mine in ranks:
         mine |= _others(program, convert)
     inputs = [[_requires_grad(x) for x in flat] for _ in ranks]
+    ran: set[torch.fx.Node] = set()
+
+    def watch(node: torch.fx.Node, values: list[Any]) -> None:
+        ran.add(node)
+        if see is not None:
+            see(node, values)
+
     with _same_random_numbers():
         simulation = Simulation(module, ranks=mesh.degree, groups=mesh.all_groups(), attributes=ranks)
-        outputs = simulation.run(inputs, on_node=see)
-        _backward(outputs)
+        try:
+            outputs = simulation.run(inputs, on_node=watch)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # the eager model ran: it is our program
+            broken = next(n for n in module.graph.nodes if n not in ran)
+            raise _Failure(f"value {_place(broken)}\n  cannot be computed: {error}") from error
+        try:
+            _backward(outputs)
+        except RuntimeError as error:
+            raise _Failure(f"the gradients cannot be computed: {error}") from error
     gradients: dict[str, torch.Tensor] = {}
     equal = True
     for name in parameters:
@@ -310,6 +333,11 @@ def _first_difference(
         error = math.inf if want is None else _value_error(program, node, values, want)
         if error > tolerance:
             return f"value {_place(node)} differs by {error:.1e}"
+    for index, (want, got) in enumerate(zip(reference.outputs, exact.outputs, strict=True)):
+        error = _errors(Run([want]), Run([got]))[0]
+        if error > tolerance:
+            node = pytree.tree_leaves(program.graph.output_node().args[0])[index]
+            return f"output {index}, value {_place(node)} differs by {error:.1e}"
     scale = largest(g for x in expected.values() if (g := x.grad if x.requires_grad else None) is not None)
     for node, values in reversed(seen):
         want = expected[node.meta["origin"]]
@@ -338,7 +366,25 @@ def _gradient_error(
 ) -> float:
     placed: Placement = node.meta["placement"]
     grads = [torch.zeros_like(v) if v.grad is None else v.grad for v in values]
+    axes = [a for a, d in ((a, d) for a in program.mesh.axes for d in placed.dims) if whole_segments(d, a)]
+    if axes and node.op != "get_attr":  # segments that are held whole carry partial gradients; f is behind a parameter
+        return relative_error(want, _summed(program, placed, grads), scale * 1e-3)
     return relative_error(want, _joined(program, placed, grads, "H"), scale * 1e-3)
+
+
+def _summed(program: Program, placed: Placement, grads: list[torch.Tensor]) -> torch.Tensor:
+    """The whole gradient where some positions are held by several ranks: a sum; complete copies count once."""
+    mesh = program.mesh
+    total: torch.Tensor | None = None
+    for rank in range(mesh.degree):
+        if any(c for c, letter in zip(mesh.coordinates(rank), placed.letters, strict=True) if letter in "RP"):
+            continue
+        dims = _known(placed, grads[rank])
+        mine = grads[rank].new_zeros([size(d) for d in dims])
+        shards.assign(mine, grads[rank], dims, mesh, rank)
+        total = mine if total is None else total + mine
+    assert total is not None
+    return total
 
 
 def _joined(program: Program, placed: Placement, parts: list[torch.Tensor], partial: str) -> torch.Tensor:
@@ -350,11 +396,12 @@ def _joined(program: Program, placed: Placement, parts: list[torch.Tensor], part
         parts = [
             torch.stack([parts[m] for m in next(g for g in groups if rank in g)]).sum(0) for rank in range(mesh.degree)
         ]
-    dims = [d for d in placed.dims]
-    from tpcompile.layout import Leaf, axes_of
+    return shards.join(parts, _known(placed, parts[0]), mesh)
 
-    known = [d if axes_of(d) else Leaf(n) for d, n in zip(dims, parts[0].shape, strict=True)]
-    return shards.join(parts, known, mesh)
+
+def _known(placed: Placement, part: torch.Tensor) -> list[Layout]:
+    """Layouts at the sizes of this run: a dim that is not cut may have a symbolic size."""
+    return [d if axes_of(d) else Leaf(n) for d, n in zip(placed.dims, part.shape, strict=True)]
 
 
 __all__ = ["Report", "verify", "verify_program"]

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcompile.errors import CaptureError
@@ -153,13 +154,13 @@ class Inliner:
                 case "get_attr":
                     env[node] = getattr(body, node.target)
                 case "output":
-                    returned = node.args[0]
+                    returned: Any = node.args[0]
                     returned = (returned,) if isinstance(returned, fx.Node) else tuple(returned)
-                    return fx.node.map_arg(returned, env.__getitem__)
+                    return map_arg(returned, env.__getitem__)
                 case _ if isinstance(node.target, torch._ops.HigherOrderOperator):
                     env[node] = self._region(node, env, regime)
-                case _ if node.target is operator.getitem and isinstance(env[node.args[0]], tuple):
-                    env[node] = env[node.args[0]][node.args[1]]
+                case _ if node.target is operator.getitem and isinstance(env.get(node.all_input_nodes[0]), tuple):
+                    env[node] = env[node.all_input_nodes[0]][node.args[1]]
                 case _ if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _DROPPED:
                     pass
                 case _:
@@ -168,7 +169,8 @@ class Inliner:
 
     def _region(self, node: fx.Node, env: dict[fx.Node, Any], outer: _Regime) -> tuple[Any, ...]:
         """Inline a grad-mode or autocast region."""
-        match str(node.target), node.args:
+        arguments: tuple[Any, ...] = node.args
+        match str(node.target), arguments:
             case "wrap_with_set_grad_enabled", (enabled, body, *operands):
                 regime = replace(outer, grad=bool(enabled))
             case "wrap_with_autocast", (str(kind), dtype, enabled, _, body, *operands):
@@ -197,7 +199,7 @@ class Inliner:
         def operand(value: fx.Node) -> Any:
             return self._with_gradients(env[value]) if regime.grad else env[value]
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
+        args, kwargs = map_arg((node.args, node.kwargs), operand)
         if regime.autocast and isinstance(node.target, torch._ops.OpOverload):
             args, kwargs = self._cast(node, args, kwargs, regime)
         return self._emit(node.target, args, kwargs, node, regime)
@@ -320,7 +322,7 @@ def _autocasts(node: fx.Node, autocast: Mapping[str, torch.dtype]) -> dict[fx.No
             stack.enter_context(torch.no_grad())
             stack.enter_context(mode)
             values = fresh if dtypes is None else {n: v.to(dtypes.get(n, v.dtype)) for n, v in fresh.items()}
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values.get(n, n.meta["val"]))
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, n.meta["val"]))
             log = stack.enter_context(_CastLog())
             try:
                 result = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]

@@ -8,31 +8,33 @@ import torch.nn.functional as F
 Runs = tuple[tuple[int, int], ...]
 
 
-def embedding_rows(weight: torch.Tensor, ids: torch.Tensor, start: int, padding_idx: int, total: int) -> torch.Tensor:
-    """Rows ``[start, start + weight.shape[0])`` of a table of ``total`` rows: zero for ids held elsewhere.
+def embedding_rows(weight: torch.Tensor, ids: torch.Tensor, held: Runs, padding_idx: int, total: int) -> torch.Tensor:
+    """The rows ``held`` of a table of ``total`` rows, looked up: zero for ids held elsewhere.
 
     The sum over ranks is the whole lookup (Megatron-LM, Shoeybi et al. 2019, section 3).
 
     Args:
         weight: ``[rows, d]``, this rank's rows.
         ids: ``[...]`` integers in ``[0, total)``.
+        held: ``(start, length)`` of the rows in the whole table, in the order of ``weight``.
         padding_idx: row that receives no gradient, or -1.
 
     Raises:
         IndexError: an id lies outside the table (checked on the CPU, as ``aten.embedding`` does).
     """
-    rows = weight.shape[0]
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= total:
             raise IndexError(f"index out of range: ids run from {low} to {high}, the embedding has {total} rows")
-    local = ids - start
-    outside = (local < 0) | (local >= rows)
-    padding = padding_idx - start
-    found = F.embedding(
-        local.masked_fill(outside, 0), weight, padding_idx=padding if padding_idx >= 0 and 0 <= padding < rows else None
-    )
-    return found.masked_fill(outside.unsqueeze(-1), 0)
+    inside, local, first = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids), 0
+    padding = None
+    for start, length in held:
+        here = (ids >= start) & (ids < start + length)
+        inside, local = inside | here, torch.where(here, ids - start + first, local)
+        if start <= padding_idx < start + length:
+            padding = padding_idx - start + first
+        first += length
+    return F.embedding(local, weight, padding_idx=padding).masked_fill(~inside.unsqueeze(-1), 0)
 
 
 def take(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
@@ -42,7 +44,9 @@ def take(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
     return torch.cat([x.narrow(dim, start, length) for start, length in runs], dim)
 
 
-def dropout_part(x: torch.Tensor, p: float, cuts: tuple[tuple[int, int, Runs], ...]) -> torch.Tensor:
+def dropout_part(
+    x: torch.Tensor, p: float, cuts: tuple[tuple[int, int, Runs], ...], order: list[int]
+) -> torch.Tensor:
     """Dropout of one rank's part of a tensor, with the mask that one device would draw for the whole of it.
 
     The full mask is drawn, so the generator stays in step with the single device (CPU: bitwise the same mask,
@@ -52,13 +56,13 @@ def dropout_part(x: torch.Tensor, p: float, cuts: tuple[tuple[int, int, Runs], .
         x: this rank's part ``[...]``.
         p: probability of dropping.
         cuts: ``(dim, whole size, runs held here)`` per cut dim.
+        order: dims of the whole tensor as one device has them in memory, outermost first.
     """
     if p == 0.0:
         return x
     shape = list(x.shape)
     for dim, whole, _ in cuts:
         shape[dim] = whole
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
     mask = torch.empty([shape[d] for d in order], dtype=x.dtype, device=x.device).bernoulli_(1 - p)
     mask = mask.permute([order.index(d) for d in range(x.dim())])
     for dim, _, runs in cuts:

@@ -231,7 +231,7 @@ def _difference(first: Sequence[int], other: Sequence[int], text: str, other_tex
     for number, pair in enumerate(zip_longest(text.splitlines(), other_text.splitlines()), start=1):
         if pair[0] != pair[1]:
             have = [
-                f"{_ranks(ranks)} {'have' if len(ranks) > 1 else 'has'} {'no such line' if line is None else repr(line)}"
+                f"{_ranks(ranks)} {'have' if len(ranks) > 1 else 'has'} {repr(line) if line else 'no such line'}"
                 for ranks, line in zip((first, other), pair, strict=True)
             ]
             return f"line {number} of the program: {have[0]}, {have[1]}"

@@ -31,7 +31,7 @@ class Leaf:
     axes: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.size}" + (f"/{'+'.join(map(str, self.axes))}" if self.axes else "")
+        return f"{self.size}" + (f"/{'+'.join(f'tp{a}' for a in self.axes)}" if self.axes else "")
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,10 @@ class Mesh:
         """``tp`` for everybody, else ``tp0``, ``tp0+tp1``."""
         chosen = sorted(set(axes))
         return "tp" if chosen == list(self.axes) else "+".join(f"tp{a}" for a in chosen)
+
+    def named(self, text: str) -> str:
+        """A text about layouts with the only axis called ``tp`` instead of ``tp0``."""
+        return text.replace("/tp0", "/tp") if len(self.sizes) == 1 else text
 
     def groups(self, axes: Iterable[int]) -> list[list[int]]:
         """Ranks that differ only in ``axes``, one list per group, each in row-major order."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from tpcompile.layout import Layout, LayoutError, Mesh, axes_of, local_size, runs, size
+from tpcompile.layout import Layout, Mesh, axes_of, local_size, runs, size
 from tpcompile.per_rank import PerRank
 from tpcompile.placement import Placement
 from tpcompile.sentence import Call, Sentence
@@ -93,16 +93,13 @@ class LocalCall:
             ]
         )
 
-    def start(self, layout: Layout) -> Any:
-        """First position held, for a dim held in one run.
+    def held(self, layout: Layout) -> Any:
+        """The runs that a rank holds."""
+        return per_rank([runs(layout, self.mesh.sizes, self.mesh.coordinates(r)) for r in self.ranks()])
 
-        Raises:
-            LayoutError: some rank holds several runs.
-        """
-        held = [runs(layout, self.mesh.sizes, self.mesh.coordinates(r)) for r in self.ranks()]
-        if any(len(h) != 1 for h in held):
-            raise LayoutError(f"a table cut as {layout} is not held in one piece")
-        return per_rank([h[0][0] for h in held])
+    def length(self, layout: Layout) -> Any:
+        """How many positions a rank holds."""
+        return per_rank([local_size(layout, self.mesh, r) for r in self.ranks()])
 
     def held_share(self) -> Any:
         """Share of the summed positions that a rank holds (per rank), or None when no summed axis is cut."""
@@ -119,7 +116,7 @@ class LocalCall:
     def cut_dims(self, operand: int) -> tuple[tuple[int, int, Any], ...]:
         """``(dim, whole size, runs held here)`` of every cut dim of an operand."""
         return tuple(
-            (d, size(x), per_rank([runs(x, self.mesh.sizes, self.mesh.coordinates(r)) for r in self.ranks()]))
+            (d, size(x), self.held(x))
             for d, x in enumerate(self.operands[operand].dims)
             if axes_of(x)
         )

@@ -1,21 +1,555 @@
-"""MODEL strings and default example inputs (placeholder)."""
+"""MODEL, as the command line takes it, and example inputs for models that can say what they eat.
+
+    hf:llama                       a model type of transformers, with the library's default config
+    hf:gpt2:GPT2Model              the same, in another class than the usual one with a head
+    hf:gpt2?n_layer=2,n_embd=64    the same, with some config values changed
+    hf:DIR  hf:DIR/config.json  hf:FILE.gguf     a config, or a config with weights, on this disk
+    file.py:function               a function that returns a module, or (module, example inputs)
+    package.module:function        the same
+
+Nothing is ever downloaded. transformers is imported only where a model needs it.
+"""
+
 from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
-from tpcompile.errors import CaptureError
+
+from tpcompile.errors import CaptureError, TpcompileError, Where
+
+SEED = 0  # every process that loads a MODEL draws the same weights
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and example inputs for it: ``model(*args, **kwargs)`` is a call."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    label: str  # MODEL, as it was written
+
+
+def load(text: str, *, weights: bool, dtype: torch.dtype | None = None) -> Loaded:
+    """The model that ``text`` (see above) stands for.
+
+    Without ``weights`` it is built on the meta device: at once, and however large it is. With ``weights``, they are
+    read where the directory has them, and drawn otherwise: the same ones every time, and none of them constant (a bias
+    of zeros would hide errors). A Hugging Face model comes in eval mode, one of a function as the function leaves it.
+
+    Raises `TpcompileError` for a text that stands for no model, and for a function that fails.
+    """
+    if text.startswith("hf:"):
+        model = _huggingface(text, weights=weights, dtype=dtype)
+        args, kwargs = default_inputs(model)
+    else:
+        model, args, kwargs = _from_function(text, weights=weights)
+        if dtype is not None:
+            model = model.to(dtype)
+            args, kwargs = _to_dtype(args, dtype), _to_dtype(kwargs, dtype)
+    return Loaded(model, args, kwargs, text)
+
+
+def _to_dtype(value: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, value)
+
+
+# ---------------------------------------------------------------- hf:...
+
+
+def _huggingface(text: str, *, weights: bool, dtype: torch.dtype | None) -> nn.Module:
+    target, class_name, changes = _parse(text)
+    with _offline():
+        transformers = _transformers()
+        config, directory, gguf = _config(transformers, text, target)
+        config = _changed(config, changes, text)
+        cls = _class(transformers, config, class_name, text)
+        stored = gguf or (directory is not None and any(directory.glob("*.safetensors")))
+        if weights and stored and directory is not None and not changes:
+            source = {"gguf_file": gguf} if gguf else {}
+            with _reported(f"{text}: the weights cannot be read"):
+                model = cls.from_pretrained(
+                    str(directory), config=config, local_files_only=True, dtype=dtype or "auto", **source
+                )
+            return model.eval()
+        with _reported(f"{text}: the model cannot be built from this config"):
+            kept = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+            with torch.device("meta"), _default_dtype(kept):
+                model = cls(config)
+            if weights:
+                _refuse_too_large(model, text)
+                with torch.random.fork_rng(devices=[]), _default_dtype(kept):
+                    torch.manual_seed(SEED)
+                    model = cls(config)
+                    _perturb(model)
+        return model.eval()
+
+
+def _parse(text: str) -> tuple[str, str | None, dict[str, Any]]:
+    """``hf:TARGET[:CLASS][?KEY=VALUE,...]``."""
+    target, _, query = text.removeprefix("hf:").partition("?")
+    target, _, class_name = target.partition(":")
+    changes: dict[str, Any] = {}
+    for item in filter(None, query.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise TpcompileError(
+                f"{item!r} in {text!r} is not KEY=VALUE",
+                help="write hf:gpt2?n_layer=2,n_embd=64",
+            )
+        try:
+            changes[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    if not target:
+        raise TpcompileError(
+            f"{text!r} names no model",
+            help="write hf:gpt2, or hf: and the path of a directory or config.json",
+        )
+    return target, class_name or None, changes
+
+
+def _config(transformers: Any, text: str, target: str) -> tuple[Any, Path | None, str | None]:
+    """The config that ``target`` names, the directory that it is in, and the GGUF file there that it is in."""
+    path = Path(target).expanduser()
+    if path.is_dir():
+        gguf = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and len(gguf) != 1:
+            found = f"it holds {len(gguf)} .gguf files" if gguf else "it holds neither config.json nor a .gguf file"
+            raise TpcompileError(f"{target} is not the directory of a model", why=found, help="name the file itself")
+        path = path / "config.json" if (path / "config.json").exists() else gguf[0]
+    if path.is_file() and path.suffix == ".gguf":
+        with _reported(f"{text}: the GGUF file cannot be read"):
+            if not _installed("gguf"):
+                raise TpcompileError(f"{text}: reading GGUF needs the gguf package", help="pip install gguf")
+            config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        return config, path.parent, path.name
+    if path.is_file():
+        with _reported(f"{text}: {target} is not a config.json of transformers"):
+            values = json.loads(path.read_text())
+            kind = values.pop("model_type", None)
+            if kind is None:
+                raise TpcompileError(
+                    f"{text}: {target} has no model_type", help="it must be the config.json of a model"
+                )
+            return _of_type(transformers, kind, text, values), path.parent, None
+    if os.sep in target or path.suffix in (".json", ".gguf"):
+        raise TpcompileError(
+            f"{text}: there is no {target}",
+            why="a model is looked for on this disk only; nothing is downloaded",
+            help="download it first (hf download NAME --local-dir DIR) and write hf:DIR, or name a type: hf:llama",
+        )
+    return _of_type(transformers, target, text, {}), None, None
+
+
+def _of_type(transformers: Any, kind: str, text: str, values: Mapping[str, Any]) -> Any:
+    known = list(transformers.CONFIG_MAPPING.keys())
+    if kind not in known:
+        raise TpcompileError(
+            f"{text}: transformers {transformers.__version__} knows no model type {kind!r}",
+            help=_did_you_mean(kind, known) or "name a type such as llama, or the path of a config.json",
+        )
+    return transformers.CONFIG_MAPPING[kind].from_dict(dict(values))
+
+
+def _changed(config: Any, changes: Mapping[str, Any], text: str) -> Any:
+    """``config`` made again with some values changed, so that what derives from them is derived again."""
+    if not changes:
+        return config
+    for key in changes:
+        if not hasattr(config, key):
+            known = [name for name in config.to_dict() if not name.startswith("_")]
+            raise TpcompileError(
+                f"{text}: {type(config).__name__} has no {key!r}",
+                help=_did_you_mean(key, known) or f"it has {', '.join(sorted(known)[:12])}, ...",
+            )
+    with _reported(f"{text}: {type(config).__name__} does not take these values"):
+        return type(config).from_dict({**config.to_diff_dict(), **changes})
+
+
+_HEADS = (  # the usual class of a model type: the first of these tables that has it
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_MAPPING_NAMES",
+)
+_PAIRS = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES")  # encoder-decoder
+
+
+def _class(transformers: Any, config: Any, class_name: str | None, text: str) -> Any:
+    """The class to build: the one asked for, the one the config was saved with, or the usual one with a head."""
+    if class_name is not None:
+        cls = getattr(transformers, class_name, None)
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            prefix = type(config).__name__.removesuffix("Config")
+            known = [name for name in dir(transformers) if name.startswith(prefix) and not name.endswith("Config")]
+            raise TpcompileError(
+                f"{text}: transformers has no model class {class_name!r}",
+                help=_did_you_mean(class_name, known) or f"classes of this type: {', '.join(sorted(known)[:12])}",
+            )
+        return cls
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    tables = importlib.import_module("transformers.models.auto.modeling_auto")
+    for table in (*(_PAIRS if config.is_encoder_decoder else ()), *_HEADS):
+        name = getattr(tables, table, {}).get(config.model_type)
+        name = name[0] if isinstance(name, tuple) else name
+        if name is not None and hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise TpcompileError(
+        f"{text}: transformers has no model class for the type {config.model_type!r}",
+        help="name one: hf:TYPE:CLASS",
+    )
+
+
+def _refuse_too_large(model: nn.Module, text: str) -> None:
+    need = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if need > 0.9 * have:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        raise TpcompileError(
+            f"{text} has {count / 1e9:.1f} billion parameters: {need / 2**30:.0f} GiB, "
+            f"and {have / 2**30:.0f} GiB of memory are free",
+            why="this needs the weights themselves, and they are drawn in memory",
+            help="make it smaller, for instance hf:TYPE?num_hidden_layers=2; show, comm and explain need no weights",
+        )
+
+
+def _perturb(model: nn.Module) -> None:
+    """Make no parameter constant: an error in the bias of zeros, or the norm weight of ones, must show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() > 0 and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter.dtype))
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise TpcompileError(
+            "a model hf:... needs the transformers package",
+            why=str(error),
+            help="pip install 'tpcompile[hf]'",
+        ) from error
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@contextlib.contextmanager
+def _offline() -> Generator[None]:
+    """Keep transformers off the network and off the terminal."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    hub: Any = importlib.import_module("huggingface_hub.constants") if _installed("huggingface_hub") else None
+    offline = getattr(hub, "HF_HUB_OFFLINE", None)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        log: Any = importlib.import_module("transformers.utils.logging") if _installed("transformers") else None
+        verbosity = log.get_verbosity() if log is not None else 0
+        if log is not None:
+            log.set_verbosity(log.CRITICAL)
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = True  # read from the environment only once, when it is imported
+        try:
+            yield
+        finally:
+            if log is not None:
+                log.set_verbosity(verbosity)
+            if hub is not None:
+                hub.HF_HUB_OFFLINE = offline
+            if before is None:
+                os.environ.pop("HF_HUB_OFFLINE", None)
+            else:
+                os.environ["HF_HUB_OFFLINE"] = before
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Generator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _reported(what: str) -> Generator[None]:
+    """Whatever a library raises, as one error for users."""
+    try:
+        yield
+    except TpcompileError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise TpcompileError(what, why=f"{type(error).__name__}: {said[:300]}") from error
+
+
+def _did_you_mean(word: str, known: list[str]) -> str | None:
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else None
+
+
+# ---------------------------------------------------------------- file.py:function
+
+
+def _from_function(text: str, *, weights: bool) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    place, colon, name = text.rpartition(":")
+    if not colon or not place or not name:
+        types = [text] if "/" in text or text.endswith(".py") else [f"hf:{text}"]
+        raise TpcompileError(
+            f"{text!r} is not a MODEL",
+            help=f"write {types[0]} for a model type of transformers, or file.py:function, or package.module:function"
+            if types[0].startswith("hf:")
+            else f"write {text}:function, with the name of a function that returns the model",
+        )
+    module = _imported_file(Path(place), text) if place.endswith(".py") else _imported_module(place, text)
+    if not hasattr(module, name):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise TpcompileError(
+            f"{text}: {place} has no {name!r}",
+            help=_did_you_mean(name, known) or f"it has {', '.join(known) or 'nothing that can be called'}",
+        )
+    function = getattr(module, name)
+    returned = function if isinstance(function, nn.Module) else _called(function, text, weights=weights)
+    return _module_and_inputs(returned, text)
+
+
+def _imported_file(path: Path, text: str) -> Any:
+    if not path.is_file():
+        near = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        help = _did_you_mean(path.name, near) or f"paths are relative to {os.getcwd()}"
+        raise TpcompileError(f"{text}: there is no file {path}", help=help)
+    name = f"tpcompile_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class up by its module
+    sys.path.insert(0, str(path.resolve().parent))  # a script may import its neighbours
+    try:
+        with _users(text, f"{path} cannot be imported"):
+            spec.loader.exec_module(module)
+    except TpcompileError:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
+
+
+def _imported_module(name: str, text: str) -> Any:
+    here = os.getcwd()
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        if not name or not all(part.isidentifier() for part in name.split(".")):
+            raise TpcompileError(
+                f"{text!r} is not a MODEL",
+                why=f"{name!r} is neither a file that ends in .py nor the name of a Python module",
+                help="write hf:TYPE, file.py:function or package.module:function",
+            )
+        with _users(text, f"module {name} cannot be imported"):
+            return importlib.import_module(name)
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+def _called(function: Any, text: str, *, weights: bool) -> Any:
+    if not callable(function):
+        raise TpcompileError(
+            f"{text} is a {type(function).__name__}, not a function",
+            help="name a function without arguments that returns an nn.Module, or (module, example inputs)",
+        )
+    required = [p.name for p in inspect.signature(function).parameters.values() if _is_required(p)]
+    if required:
+        raise TpcompileError(
+            f"{text} needs arguments: {', '.join(required)}",
+            help="name a function without arguments; write one that calls it with those you want",
+        )
+    failed = f"{text} failed"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        if not weights:
+            try:
+                with torch.device("meta"):
+                    return function()
+            except Exception:  # noqa: BLE001  (it needs real tensors: it gets them)
+                torch.manual_seed(SEED)
+        with _users(text, failed):
+            return function()
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not variadic
+
+
+@contextlib.contextmanager
+def _users(text: str, what: str) -> Generator[None]:
+    """An error of the user's own code, at the user's own line."""
+    try:
+        yield
+    except TpcompileError:
+        raise
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        own = [frame for frame in frames if not frame.filename.startswith("<") and "importlib" not in frame.filename]
+        where = Where(file=_relative(own[-1].filename), line=own[-1].lineno, text=own[-1].line) if own else None
+        if isinstance(error, SyntaxError) and error.filename:
+            line = (error.text or "").strip() or None
+            where = Where(file=_relative(error.filename), line=error.lineno, text=line)
+        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise TpcompileError(what, where=where, why=f"{type(error).__name__}: {said}") from error
+
+
+def _relative(file: str) -> str:
+    with contextlib.suppress(ValueError):
+        return str(Path(file).relative_to(Path.cwd()))
+    return file
+
+
+def _module_and_inputs(returned: Any, text: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    match returned:
+        case nn.Module() as model:
+            args, kwargs = default_inputs(model)
+        case (nn.Module() as model, dict() as kwargs):
+            args = ()
+        case (nn.Module() as model, tuple() | list() as given):
+            args, kwargs = tuple(given), {}
+        case (nn.Module() as model, torch.Tensor() as tensor):
+            args, kwargs = (tensor,), {}
+        case _:
+            kind = type(returned).__name__
+            shown = f"({', '.join(type(item).__name__ for item in returned)})" if isinstance(returned, tuple) else kind
+            raise TpcompileError(
+                f"{text} returned {shown}",
+                why="it must return an nn.Module, or (module, example inputs)",
+                help="return model, (x,) or return model, {'input_ids': ids}",
+            )
+    return model, _real(args), _real(kwargs)
+
+
+def _real(value: Any) -> Any:
+    """``value`` with tensors on cpu where they were made on meta: zeros for integers, noise for floats."""
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor
+        if not tensor.is_floating_point():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        generator = torch.Generator().manual_seed(SEED)
+        return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+
+    return pytree.tree_map_only(torch.Tensor, real, value)
+
+
+# ---------------------------------------------------------------- example inputs
 
 
 def default_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    config = getattr(model, "config", None)
-    if config is None:
-        raise CaptureError("example_inputs are needed", help="pass example_inputs=(tensor,) or dict(name=tensor)")
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        return (), {"pixel_values": torch.randn(2, config.num_channels, config.image_size, config.image_size)}
-    ids = torch.randint(0, config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
-    kwargs: dict[str, Any] = {"input_ids": ids}
-    if config.is_encoder_decoder:
-        kwargs["decoder_input_ids"] = ids[:, :5].clone()
-    if hasattr(config, "use_cache"):
+    """``(args, kwargs)`` of an example call of a transformers model: batch 2, a short sequence, on the model's device.
+
+    What the model eats is read from its ``main_input_name`` and config. Raises `CaptureError` for any other model.
+    """
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    make = _MAKERS.get(str(main))
+    if config is None or make is None:
+        name = type(model).__name__
+        raise CaptureError(
+            f"example inputs are needed for {name}",
+            why="sizes and dtypes of what it eats cannot be known from the module"
+            if config is None
+            else f"its main input is {main!r}, for which no example can be made",
+            help="pass example_inputs=(torch.randn(2, 16),), or a dict of keyword arguments; on the command line, let "
+            "the function return (model, example inputs)",
+        )
+    with _reported(f"no example inputs can be made for {type(model).__name__} from its config"):
+        kwargs = make(config)
+    parameters = inspect.signature(model.forward).parameters
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        kwargs["decoder_input_ids"] = _tokens(config, _LENGTH - 2, seed=1)
+    if "use_cache" in parameters or (hasattr(config, "use_cache") and _takes_any_keyword(parameters)):
         kwargs["use_cache"] = False
+    parameter = next(model.parameters(), None)
+    if parameter is not None and not parameter.is_meta:
+        kwargs = {k: v.to(parameter.device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    if parameter is not None:
+        floats = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+        kwargs.update({k: v.to(parameter.dtype) for k, v in floats.items()})
     return (), kwargs
+
+
+_BATCH, _LENGTH = 2, 8
+
+
+def _takes_any_keyword(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _ids(config: Any) -> dict[str, Any]:
+    return {"input_ids": _tokens(config, _LENGTH, seed=0)}
+
+
+def _tokens(config: Any, length: int, seed: int) -> torch.Tensor:
+    """Token ids ``[2, length]``, none of them special, within vocabulary and positions."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    special = {getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "sep", "decoder_start")}
+    listed = {token for value in special for token in (value if isinstance(value, list) else [value])}
+    usable = [token for token in range(min(int(text.vocab_size), 256)) if token not in listed]
+    positions = getattr(text, "max_position_embeddings", None)
+    length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
+    choice = torch.randint(len(usable), (_BATCH, length), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(usable)[choice]
+
+
+def _pixels(config: Any) -> dict[str, Any]:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 64)  # a convolutional model takes any
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    shape = (_BATCH, int(getattr(vision, "num_channels", 3)), int(height), int(width))
+    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+
+def _waveform(config: Any) -> dict[str, Any]:
+    samples = 20 * max(1, int(torch.tensor(getattr(config, "conv_stride", [320])).prod()))
+    return {"input_values": torch.randn((_BATCH, samples), generator=torch.Generator().manual_seed(0))}
+
+
+def _spectrogram(config: Any) -> dict[str, Any]:
+    shape = (_BATCH, int(config.num_mel_bins), 2 * int(config.max_source_positions))
+    return {"input_features": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+
+_MAKERS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "input_ids": _ids,
+    "pixel_values": _pixels,
+    "input_values": _waveform,
+    "input_features": _spectrogram,
+}

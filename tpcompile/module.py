@@ -27,7 +27,8 @@ from tpcompile.layers import Functions, Layer, module_at, nest, repeated_layers
 from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
 from tpcompile.program import Program
-from tpcompile.rules import RULES, op_name
+from tpcompile.rules import op_name
+from tpcompile.sentence import argument
 from tpcompile.spec import Spec
 
 MAX_VARIANTS = 16
@@ -275,12 +276,11 @@ def captured_name(program: Program, name: str) -> str:
 
 
 def is_random(node: torch.fx.Node) -> bool:
-    """Whether the op draws from the generator."""
-    rule = RULES.get(op_name(node))
-    tags = getattr(node.target, "tags", ())
-    return (rule is not None and rule.random) or torch.Tag.nondeterministic_seeded in tags or (
-        op_name(node) == "dropout_part"
-    )
+    """Whether the op draws from the generator (fused attention only with dropout, which canonicalize writes out)."""
+    name = op_name(node)
+    if name == "aten.scaled_dot_product_attention.default":
+        return argument(node, "dropout_p") != 0.0
+    return name == "dropout_part" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _skeleton(model: nn.Module) -> nn.Module | None:

@@ -22,9 +22,10 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 import torch.fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
+from torch.overrides import TorchFunctionMode
 
 from tpcompile.per_rank import PerRank
-from tpcompile.placement import solve
+from tpcompile.placement import Placement, solve
 from tpcompile.program import Program
 from tpcompile.rules import RULES, op_name
 from tpcompile.sentence import is_tensor
@@ -58,14 +59,9 @@ class Pattern:
     after: Callable[..., Any]
     unless: Callable[[Match], str | None] | None = None
 
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """The parameters of ``before``."""
-        return tuple(inspect.signature(self.before).parameters)
-
 
 def leaf(function: Callable[P, T]) -> Callable[P, T]:
-    """``function`` as patterns call it: one node of the graph that is being written, itself outside of patterns."""
+    """A Python function as patterns call it: one node of the graph that is being written (ops need no such help)."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -87,12 +83,25 @@ class _Writer(GraphAppendingTracer):
     def create_arg(self, a: Any) -> Any:
         return a if isinstance(a, PerRank) else super().create_arg(a)
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> Any:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
+    ) -> torch.fx.Node:
         defaults = _defaults(target)
         kwargs = {k: v for k, v in kwargs.items() if k not in defaults or not _same(v, defaults[k])}
         node = self.graph.create_node(kind, target, args, kwargs, _short_name(target), type_expr)
         self.made.append(node)
         return node
+
+
+class _Written(TorchFunctionMode):
+    """While it is open, every op that is called is written to the graph, those that take no tensor too."""
+
+    def __init__(self, writer: _Writer):
+        super().__init__()
+        self.writer = writer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.writer.create_proxy("call_function", func, args, kwargs or {})
 
 
 def _short_name(target: Any) -> str:
@@ -103,11 +112,10 @@ def _short_name(target: Any) -> str:
 @lru_cache(maxsize=1024)
 def _defaults(target: Any) -> Mapping[str, Any]:
     """Parameters of a function or an op in order; what has no default has itself (``inspect.Parameter.empty``)."""
-    if isinstance(target, torch._ops.OpOverload):
-        return {
-            a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty
-            for a in target._schema.arguments
-        }
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        empty = inspect.Parameter.empty
+        return {a.name: a.default_value if a.has_default_value() else empty for a in schema.arguments}
     try:
         return {name: p.default for name, p in inspect.signature(target).parameters.items()}
     except (TypeError, ValueError):  # a builtin without a signature: positional arguments only
@@ -136,7 +144,9 @@ def _traced(before: Callable[..., Any]) -> torch.fx.Node:
     """The root of ``before`` as a graph, whose placeholders are the variables."""
     graph = torch.fx.Graph()
     writer = _Writer(graph)
-    result = before(*(Proxy(graph.placeholder(name), writer) for name in inspect.signature(before).parameters))
+    variables = [Proxy(graph.placeholder(name), writer) for name in inspect.signature(before).parameters]
+    with _Written(writer):
+        result = before(*variables)
     graph.output(result.node)  # the nodes live as long as their graph
     return result.node
 
@@ -154,10 +164,9 @@ class _Matcher:
 
     def node(self, want: torch.fx.Node, have: Any, place: str) -> None:
         if want.op == "placeholder":
-            if want.name not in self.values:
-                self.values[want.name] = have
-            elif not _same(self.values[want.name], have):
-                raise _Mismatch(f"{want.name} is {_shown(self.values[want.name])}, but {place} is {_shown(have)}")
+            variable = str(want.target)
+            if not _same(self.values.setdefault(variable, have), have):
+                raise _Mismatch(f"{variable} is {_shown(self.values[variable])}, but {place} is {_shown(have)}")
             return
         if not isinstance(have, torch.fx.Node) or have.op != "call_function" or have.target != want.target:
             raise _Mismatch(f"{place} is {_shown(have)}, not a call of {op_name(want)}")
@@ -254,13 +263,12 @@ def _apply(graph: torch.fx.Graph, pattern: Pattern, found: Match, program: Progr
     """Write ``after`` in front of the root, and return the nodes that are erased for it."""
     root = found.root
     writer = _Writer(graph)
-    with graph.inserting_before(root):
-        values = [
-            torch.fx.map_arg(value, lambda n: Proxy(n, writer))  # pyright: ignore[reportArgumentType]
-            for value in found.values.values()
-        ]
-        by_name = dict(zip(found.values, values, strict=True))
-        result: torch.fx.Node = pattern.after(**{name: by_name[name] for name in pattern.variables}).node
+    values = {
+        name: torch.fx.map_arg(value, lambda n: Proxy(n, writer))  # pyright: ignore[reportArgumentType]
+        for name, value in found.values.items()
+    }
+    with graph.inserting_before(root), _Written(writer):
+        result: torch.fx.Node = pattern.after(**values).node
     for made in writer.made:
         _describe(made, root, made is result, program)
     root.replace_all_uses_with(result)
@@ -281,11 +289,13 @@ def _describe(made: torch.fx.Node, root: torch.fx.Node, last: bool, program: Pro
     with torch.no_grad():
         made.meta["val"] = cast("Callable[..., Any]", made.target)(*args, **cast("dict[str, Any]", kwargs))
     made.meta.pop("placement", None)
-    call = program.call(made) if is_tensor(made) else None
-    placed = [x.meta.get("placement") for x in call.operands] if call is not None else [None]
     rule = RULES.get(op_name(made))
-    if call is not None and rule is not None and all(p is not None for p in placed):
-        made.meta["placement"] = solve(rule.sentence(call), placed, program.mesh, keep=True).results[0]
+    if is_tensor(made) and rule is not None:
+        call = program.call(made)
+        placed = [x.meta.get("placement") for x in call.operands]
+        ins = [p for p in placed if isinstance(p, Placement)]
+        if len(ins) == len(placed):
+            made.meta["placement"] = solve(rule.sentence(call), ins, program.mesh, keep=True).results[0]
 
 
 __all__ = ["Match", "Pattern", "explain", "leaf", "match", "rewrite"]

@@ -202,21 +202,21 @@ def _linear_in(sentence: Sentence, operand: int) -> bool:
 def _check_cut(
     sentence: Sentence, cut: set[str], axis: int, layouts: dict[str, Layout], joined: set[str], ins: Sequence[Placement]
 ) -> None:
-    def operand_of(label: str) -> int:
+    def operand_of(label: str) -> int | None:
         having = [i for i, labels in enumerate(sentence.operands) if label in labels]
-        cutting = (i for i in having if axis in axes_of(ins[i].dims[sentence.operands[i].index(label)]))
-        return next(cutting, having[0])
+        cutting = [i for i in having if axis in axes_of(ins[i].dims[sentence.operands[i].index(label)])]
+        return next(iter(cutting or having), None)
 
-    for label in sorted(cut):
-        if label in sentence.whole:
-            raise PlacementError(f"{sentence.whole[label]}, but it is cut as {layouts[label]}", operand_of(label))
+    here = {x for x, layout in layouts.items() if axis in axes_of(layout)}
+    for label in sorted(here & set(sentence.whole)):
+        raise PlacementError(f"{sentence.whole[label]}, but it is cut as {layouts[label]}", operand_of(label))
     results = {x for labels in sentence.results for x in labels}
     together = {x for _, parts in sentence.concats for x in parts}
     if len(cut) > 1 and not cut <= together:
         shown = ", ".join(str(layouts[x]) for x in sorted(cut))
         raise PlacementError(f"two of its axes ({shown}) are cut over the same ranks", operand_of(sorted(cut)[-1]))
-    summed = cut - results - joined
-    for label in sorted(summed):
+    regrouped = {x for _, right in sentence.products for x in right}
+    for label in sorted((cut - results - joined) | ((here & regrouped) - results)):
         if not sentence.sums:
             raise PlacementError(f"the axis cut as {layouts[label]} does not reach its result", operand_of(label))
         if whole_segments(layouts[label], axis):

@@ -58,9 +58,9 @@ class Collective:
 
 
 def lines(program: Program) -> tuple[Line, ...]:
-    """One line per value, in program order."""
+    """One line per value, in program order; a parameter stands before its first use."""
     found: list[Line] = []
-    for node in program.graph.nodes:
+    for node in _reading_order(program.graph):
         value = node.meta.get("val")
         values = value if isinstance(value, (tuple, list)) else [value]
         tensors = [v for v in values if isinstance(v, torch.Tensor)]
@@ -72,6 +72,18 @@ def lines(program: Program) -> tuple[Line, ...]:
             Line(node.name, _call(node), shape, dtype, _placement(program, node), node.meta.get("module") or "", place)
         )
     return tuple(found)
+
+
+def _reading_order(graph: torch.fx.Graph) -> Iterator[torch.fx.Node]:
+    shown: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        for operand in node.all_input_nodes:
+            if operand.op == "get_attr" and operand not in shown:
+                shown.add(operand)
+                yield operand
+        yield node
 
 
 def _call(node: torch.fx.Node) -> str:
@@ -99,8 +111,8 @@ def _placement(program: Program, node: torch.fx.Node) -> str:
     if placed is None and not program.emitted and (row := program.table.get(node.name)) is not None:
         placed = row.settled[0] if len(row.settled) == 1 else row.settled
     if isinstance(placed, tuple):
-        return ", ".join(map(str, placed))
-    return "" if placed is None else str(placed)
+        return program.mesh.named(", ".join(map(str, placed)))
+    return "" if placed is None else program.mesh.named(str(placed))
 
 
 def text(program: Program) -> str:

@@ -7,7 +7,9 @@ truth is tested over all layouts by one generic test; an op without a row is fin
 
 from __future__ import annotations
 
+import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -60,35 +62,46 @@ def _has_scalar_operand(call: Call) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- elementwise, generated
-LINEAR_UNARY = "neg alias clone contiguous detach lift_fresh_copy positive".split()
-NONLINEAR_UNARY = """abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal relu gelu silu mish sigmoid tanh erf
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+LINEAR_UNARY = _names("neg alias clone contiguous detach lift_fresh_copy positive real imag _conj")
+NONLINEAR_UNARY = _names("""abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal relu gelu silu mish sigmoid tanh erf
 sin cos tan asin acos atan sinh cosh logical_not bitwise_not isnan isinf isfinite floor ceil round trunc sign sgn square
 nan_to_num hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus softsign log_sigmoid relu6 frac erfc
-clamp clamp_min clamp_max threshold logit softshrink hardshrink tanhshrink""".split()
-NONLINEAR_BINARY = """eq ne lt le gt ge maximum minimum bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__
-logical_and logical_or logical_xor atan2 fmod remainder floor_divide pow clamp clamp_min clamp_max hypot
-prelu_kernel""".split()
+threshold logit softshrink hardshrink sinc erfinv digamma lgamma angle""")
+NONLINEAR_BINARY = _names("""eq ne lt le gt ge maximum minimum bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__
+logical_and logical_or logical_xor atan2 fmod remainder floor_divide pow clamp clamp_min clamp_max hypot xlogy
+logaddexp copysign polar complex fill expand_as""")
+ALIASES = {
+    "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg", "absolute": "abs",
+    "clip": "clamp", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
+    "concat": "cat", "concatenate": "cat",
+}  # fmt: skip
+"""Other names of the same ops, with overloads of the same names; they get the same rows."""
 
 
 def _overloads(name: str) -> list[str]:
     packet = getattr(torch.ops.aten, name, None)
-    return [] if packet is None else [f"aten.{name}.{o}" for o in packet.overloads() if "out" not in o]
+    return [] if packet is None else [f"aten.{name}.{o}" for o in packet.overloads()]
 
 
 def _tensor_count(op: str) -> int:
+    """Tensor operands of an overload that returns one new tensor of them; 0 for ``out=`` forms, lists and scalars."""
     _, name, overload = op.split(".")
     schema = getattr(getattr(torch.ops.aten, name), overload)._schema
-    return sum(1 for a in schema.arguments if "Tensor" in str(a.type))
+    kinds = [str(a.type) for a in schema.arguments]
+    plain = [str(r.type) for r in schema.returns] == ["Tensor"] and not any(a.is_out for a in schema.arguments)
+    return sum("Tensor" in k for k in kinds) if plain and not any("List[Tensor]" in k for k in kinds) else 0
 
 
 def _elementwise() -> Iterable[Rule]:
     for name in dict.fromkeys(LINEAR_UNARY + NONLINEAR_UNARY + NONLINEAR_BINARY):
         for op in _overloads(name):
-            inputs = _tensor_count(op)
-            if inputs == 0 or "generator" in op:
-                continue
-            linear: Linear = "each" if name in LINEAR_UNARY else None
-            yield Rule(op, ", ".join(["..."] * inputs) + " -> ...", linear)
+            if inputs := _tensor_count(op):
+                linear: Linear = "each" if name in LINEAR_UNARY else None
+                yield Rule(op, ", ".join(["..."] * inputs) + " -> ...", linear)
     for op in ("aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten._to_copy.default"):
         yield Rule(op, "... -> ...")
     for name in ("add", "sub"):
@@ -96,6 +109,11 @@ def _elementwise() -> Iterable[Rule]:
         yield Rule(f"aten.{name}.Scalar", "... -> ...")
     yield Rule("aten.rsub.Tensor", "..., ... -> ...", "joint")
     yield Rule("aten.rsub.Scalar", "... -> ...")
+    yield Rule("aten.view_as_complex.default", "... c! -> ...", "each", because="two numbers make one complex number")
+    yield Rule("aten.view_as_real.default", "... -> ... c", "each")
+    yield Rule("aten.bucketize.Tensor", "..., b! -> ...", because="positions are counted over all boundaries")
+    yield Rule("aten.prelu.default", _prelu)
+    yield Rule("aten.broadcast_tensors.default", _broadcast)
     yield Rule("aten.mul.Tensor", "..., ... -> ...", "each")
     yield Rule("aten.mul.Scalar", "... -> ...", "each")
     yield Rule("aten.div.Tensor", "..., ... -> ...", frozenset({0}))
@@ -103,6 +121,9 @@ def _elementwise() -> Iterable[Rule]:
     yield Rule("aten.div.Tensor_mode", "..., ... -> ...")
     yield Rule("aten.div.Scalar_mode", "... -> ...")
     yield Rule("aten.lerp.Scalar", "..., ... -> ...", "joint")
+    yield Rule("aten.lerp.Tensor", "..., ..., ... -> ...")
+    for name in ("max", "min"):
+        yield Rule(f"aten.{name}.other", "..., ... -> ...")
     yield Rule("aten.addcmul.default", "..., ..., ... -> ...")
     yield Rule("aten.addcdiv.default", "..., ..., ... -> ...")
     yield Rule("aten.where.self", "..., ..., ... -> ...")
@@ -112,6 +133,7 @@ def _elementwise() -> Iterable[Rule]:
     yield Rule("aten.masked_fill.Scalar", "..., ... -> ...")
     yield Rule("aten.masked_fill.Tensor", "..., ..., -> ...")
     yield Rule("aten.type_as.default", _type_as)
+    yield Rule("aten.to.other", _type_as)
     for name in ("zeros_like", "ones_like", "full_like", "empty_like"):
         yield Rule(f"aten.{name}.default", "... -> ...", references=frozenset({0}))
     for name in ("new_zeros", "new_ones", "new_full", "new_empty"):
@@ -124,6 +146,18 @@ def _fresh(call: Call) -> Sentence:
     results = tuple(tuple(f"y{d}" for d in range(len(s))) for s in call.results)
     sizes = {f"x{d}": n for d, n in enumerate(call.shapes[0])} | {f"y{d}": n for d, n in enumerate(call.results[0])}
     return Sentence(operands, results, sizes, references=frozenset({0}))
+
+
+def _prelu(call: Call) -> Sentence:
+    """One slope, or one per channel (dim 1)."""
+    labels = tuple(f"d{d}" for d in range(len(call.shapes[0])))
+    slope: Labels = tuple(labels[1] if n != 1 else None for n in call.shapes[1])
+    return Sentence((labels, slope), (labels,), dict(zip(labels, call.shapes[0], strict=True)))
+
+
+def _broadcast(call: Call) -> Sentence:
+    every = ", ".join(["..."] * len(call.shapes))
+    return replace(parse_row(f"{every} -> {every}", call.shapes, call.results, "broadcast_tensors"), linear=None)
 
 
 def _type_as(call: Call) -> Sentence:
@@ -145,14 +179,38 @@ def _matmul(call: Call) -> Sentence:
 
 
 def _einsum(call: Call) -> Sentence:
-    equation = str(call.argument("equation")).replace(" ", "")
-    left, right = equation.split("->") if "->" in equation else (equation, None)
-    if right is None or "..." in equation:
-        raise ValueError(f"einsum {equation!r}: only the explicit form a,b->c without '...' has a rule")
-    if any(len(set(part)) != len(part) for part in left.split(",")):
-        raise ValueError(f"einsum {equation!r}: a diagonal has no rule")
-    text = ", ".join(" ".join(part) for part in left.split(",")) + " -> " + " ".join(right)
+    left, arrow, right = str(call.argument("equation")).replace(" ", "").partition("->")
+    parts = [re.findall(r"\.\.\.|[A-Za-z]", part) for part in left.split(",")]
+    names = [x for part in parts for x in part]
+    if any(len(set(part)) != len(part) for part in parts):
+        raise ValueError(f"einsum {left!r} takes a diagonal")
+    result = re.findall(r"\.\.\.|[A-Za-z]", right)
+    if not arrow:  # implicit: broadcast dims, then what appears once, in alphabetical order
+        result = ["..."] * ("..." in names) + sorted(x for x in set(names) - {"..."} if names.count(x) == 1)
+    text = ", ".join(map(" ".join, parts)) + " -> " + " ".join(result)
     return replace(parse_row(text, call.shapes, call.results, "einsum"), linear="each", sums=True)
+
+
+def _inner(call: Call) -> Sentence:
+    """Sum over the last dim of both; the other dims of one, then those of the other."""
+    a, b = (len(s) - 1 for s in call.shapes)
+    if a < 0 or b < 0:
+        raise ValueError("inner with a scalar is a product")
+    rows, columns = (" ".join(f"{x}{i}" for i in range(n)) for x, n in (("m", a), ("n", b)))
+    found = parse_row(f"{rows} k, {columns} k -> {rows} {columns}", call.shapes, call.results, "inner")
+    return replace(found, linear="each", sums=True)
+
+
+def _tensordot(call: Call) -> Sentence:
+    """Sum over the dims that ``dims_self`` and ``dims_other`` pair up."""
+    labels = [[f"{x}{i}" for i in range(len(s))] for x, s in zip("mn", call.shapes, strict=True)]
+    pairs = list(zip(call.argument("dims_self"), call.argument("dims_other"), strict=True))
+    for i, j in pairs:
+        labels[1][j] = labels[0][i]
+    summed = {labels[0][i] for i, _ in pairs}
+    result = " ".join(x for part in labels for x in part if x not in summed)
+    text = ", ".join(map(" ".join, labels)) + " -> " + result
+    return replace(parse_row(text, call.shapes, call.results, "tensordot"), linear="each", sums=True)
 
 
 def _reduction(linear: bool, reason: str) -> Callable[[Call], Sentence]:
@@ -185,14 +243,14 @@ def _reduced(call: Call) -> set[int]:
 
 
 def _along(argument: str, reason: str, linear: Linear = None) -> Callable[[Call], Sentence]:
-    """Same shape out; the dims named by ``argument`` must be whole, all others pass."""
+    """Same shape out; the dims named by ``argument`` (none: all) must be whole, all others pass."""
 
     def sentence(call: Call) -> Sentence:
         shape = call.shapes[0]
         labels = tuple(f"d{i}" for i in range(len(shape)))
         dims = call.argument(argument)
         chosen = dims if isinstance(dims, (list, tuple)) else [dims]
-        whole = {labels[int(d) % len(shape)]: reason for d in chosen} if shape else {}
+        whole = {labels[int(d) % len(shape)]: reason for d in chosen or range(len(shape))} if shape else {}
         results = tuple(labels for _ in call.results)
         sizes = dict(zip(labels, shape, strict=True))
         if any(r != shape for r in call.results):  # topk: the dim shrinks
@@ -205,22 +263,36 @@ def _along(argument: str, reason: str, linear: Linear = None) -> Callable[[Call]
 
 
 def _conv(call: Call) -> Sentence:
-    spatial = len(call.shapes[0]) - 2
-    reason = "a convolution reads its neighbours"
-    x = ("b", "i", *(f"x{d}" for d in range(spatial)))
-    w = ("o", "i", *(f"k{d}" for d in range(spatial)))
-    y = ("b", "o", *(f"y{d}" for d in range(spatial)))
-    whole = {label: reason for label in (*x[2:], *w[2:])}
-    if call.argument("groups") != 1:
-        x, w = ("b", "gi", *x[2:]), ("o", "gk", *w[2:])
-        whole |= {label: "a grouped convolution pairs its channels" for label in ("gi", "gk", "o")}
-    operands: tuple[Labels, ...] = (x, w) if len(call.operands) == 2 else (x, w, ("o",))
-    if len(call.operands) == 3:
+    """Batch and channels may be cut; one channel per group (depthwise) too, other groups not."""
+    spatial = len(call.shapes[1]) - 2
+    if len(call.shapes[0]) != spatial + 2:
+        raise ValueError("a convolution of one sample without a batch dim has no rule")
+    transposed = "transpose" in str(call.node.target)
+    groups = int(call.argument("groups"))
+    x: Labels = ("b", "i", *(f"x{d}" for d in range(spatial)))
+    w: Labels = ("i", "o") if transposed else ("o", "i")
+    y: Labels = ("b", "o", *(f"y{d}" for d in range(spatial)))
+    kernel = tuple(f"k{d}" for d in range(spatial))
+    whole = {str(label): "a convolution reads its neighbours" for label in (*x[2:], *kernel)}
+    bias: Labels = ("o",)
+    if groups != 1 and groups == call.shapes[0][1] == call.results[0][1]:
+        w, y, bias = ("i", None), ("b", "i", *y[2:]), ("i",)
+    elif groups != 1:
+        w = ("p", "q")
+        whole |= dict.fromkeys(("i", "o", "p", "q"), "a grouped convolution pairs its channels")
+    elif len(call.operands) == 3:
         whole["i"] = "every rank would add the bias once more"
+    operands = ((*x,), (*w, *kernel), bias)[: len(call.operands)]
     sizes: dict[str, int] = {}
     for labels, shape in [*zip(operands, call.shapes, strict=True), (y, call.results[0])]:
-        sizes |= {str(label): n for label, n in zip(labels, shape, strict=True)}
+        sizes |= {label: n for label, n in zip(labels, shape, strict=True) if label is not None}
     return Sentence(operands, (y,), sizes, linear="each" if len(operands) == 2 else None, sums=True, whole=whole)
+
+
+def _local_groups(local: LocalCall) -> None:
+    groups, channels = int(local.call.argument("groups")), local.operands[0].dims[1]
+    if groups == size(channels):
+        local.set("groups", local.size(groups, channels))
 
 
 def _attention(call: Call) -> Sentence:
@@ -254,17 +326,27 @@ def _normalize(call: Call) -> Sentence:
     shape = call.shapes[0]
     count = len(call.argument("normalized_shape"))
     labels = tuple(f"d{i}" for i in range(len(shape)))
-    whole = {x: "a norm takes its mean over the whole axis" for x in labels[len(shape) - count :]}
+    whole = dict.fromkeys(labels[len(shape) - count:], "a norm takes its mean over the whole axis")
     operands = (labels, *(labels[len(shape) - len(s) :] for s in call.shapes[1:]))
     return Sentence(operands, (labels,), dict(zip(labels, shape, strict=True)), whole=whole)
 
 
-def _channels_whole(call: Call) -> Sentence:
-    """batch_norm, group_norm: only the batch dim may be cut, and batch_norm not even that."""
+def _batch_norm(call: Call) -> Sentence:
+    """With running statistics it acts on each value alone; else it takes its mean over everything but the channels."""
     shape = call.shapes[0]
     labels = tuple(f"d{i}" for i in range(len(shape)))
-    keep = 1 if "group_norm" in str(call.node.target) else 0
-    whole = {x: "a norm over channels reads the whole axis" for x in labels[keep:]}
+    whole: dict[str, str] = {}
+    if call.argument("training"):
+        # the channels too: running statistics are written in place, and a cut of them would be lost
+        whole = dict.fromkeys(labels, "batch statistics are taken over the whole axis")
+    operands = (labels, *((labels[1],) for _ in call.shapes[1:]))
+    return Sentence(operands, (labels,), dict(zip(labels, shape, strict=True)), whole=whole)
+
+
+def _group_norm(call: Call) -> Sentence:
+    shape = call.shapes[0]
+    labels = tuple(f"d{i}" for i in range(len(shape)))
+    whole = dict.fromkeys(labels[1:], "a norm over groups of channels reads the whole axis")
     operands = (labels, *((labels[1],) for _ in call.shapes[1:]))
     return Sentence(operands, (labels,), dict(zip(labels, shape, strict=True)), whole=whole)
 
@@ -294,8 +376,25 @@ def _reverse_two(_: Call, n: int) -> list[int]:
     return list(range(n)) if n < 2 else [*range(n - 2), n - 1, n - 2]
 
 
+def _swap_axes(call: Call, n: int) -> list[int]:
+    order = list(range(n))
+    a, b = call.dim("axis0"), call.dim("axis1")
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
 def _permute(call: Call, n: int) -> list[int]:
     return [int(d) % n for d in call.argument("dims")]
+
+
+def _move(call: Call, n: int) -> list[int]:
+    source, target = (
+        [int(d) % n for d in (x if isinstance(x, (list, tuple)) else [x])]
+        for x in (call.argument("source"), call.argument("destination"))
+    )
+    moved = dict(zip(target, source, strict=True))
+    rest = iter(d for d in range(n) if d not in source)
+    return [moved[d] if d in moved else next(rest) for d in range(n)]
 
 
 def _expand(call: Call) -> Sentence:
@@ -350,6 +449,22 @@ def _local_slice(local: LocalCall) -> None:
         local.set("end", local.offset(layout, high))
 
 
+def _narrow(call: Call) -> Sentence:
+    dim = call.dim()
+    start = call.integer(call.argument("start"))
+    return _window(call, dim, start % call.shapes[0][dim] if start < 0 else start, call.results[0][dim])
+
+
+def _local_narrow(local: LocalCall) -> None:
+    dim = local.call.dim()
+    layout, taken = local.operands[0].dims[dim], local.results[0].dims[dim]
+    n = local.call.shapes[0][dim]
+    if axes_of(layout):
+        start = local.call.integer(local.call.argument("start"))
+        local.set("start", local.offset(layout, start % n if start < 0 else start))
+        local.set("length", local.length(taken))
+
+
 def _pieces(call: Call) -> Sentence:
     """split and chunk: the dim is its pieces one after the other."""
     dim = call.dim()
@@ -370,6 +485,38 @@ def _local_pieces(local: LocalCall) -> None:
             local.size(shape[dim], r.dims[dim]) for shape, r in zip(local.call.results, local.results, strict=True)
         ]
         local.replace("aten.split_with_sizes.default", (local.args[0], sizes, dim))
+
+
+def _glu(call: Call) -> Sentence:
+    """``a * sigmoid(b)`` of the two halves of a dim, which must be cut alike."""
+    dim = call.dim()
+    labels = tuple(f"d{i}" for i in range(len(call.shapes[0])))
+    result = tuple("half" if i == dim else x for i, x in enumerate(labels))
+    sizes = dict(zip(labels, call.shapes[0], strict=True)) | {"two": 2, "half": call.results[0][dim]}
+    whole = {"two": "a gated unit pairs its two halves"}
+    return Sentence((labels,), (result,), sizes, whole=whole, products=(((labels[dim],), ("two", "half")),))
+
+
+def _unfold(call: Call) -> Sentence:
+    """Windows of a dim, as a new last dim."""
+    dim = call.dim("dimension")
+    labels = tuple(f"d{i}" for i in range(len(call.shapes[0])))
+    result = (*("windows" if i == dim else x for i, x in enumerate(labels)), "inside")
+    sizes = dict(zip(labels, call.shapes[0], strict=True)) | dict(zip(result, call.results[0], strict=True))
+    whole = {labels[dim]: "windows run across it"}
+    return Sentence((labels,), (result,), sizes, linear="each", whole=whole)
+
+
+def _local_squeeze(local: LocalCall) -> None:
+    """Name the dims of size 1: on one rank a cut dim may have that size too."""
+    shape = local.call.shapes[0]
+    name = str(local.call.node.target)
+    if name == "aten.squeeze.default":
+        chosen = range(len(shape))
+    else:
+        dims = local.call.argument("dim")
+        chosen = [int(d) % len(shape) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    local.replace("aten.squeeze.dims", (local.args[0], [d for d in chosen if shape[d] == 1]))
 
 
 def _drop_dims(call: Call) -> Sentence:
@@ -412,7 +559,6 @@ def _unbind(call: Call) -> Sentence:
 
 def _cat(call: Call) -> Sentence:
     rank = max(len(s) for s in call.shapes)
-    shapes = [s for s in call.shapes if len(s) == rank]
     dim = int(call.argument("dim")) % rank
     labels = tuple(f"d{i}" for i in range(rank))
     sizes = {x: n for i, (x, n) in enumerate(zip(labels, call.results[0], strict=True)) if i != dim}
@@ -426,11 +572,11 @@ def _cat(call: Call) -> Sentence:
         sizes[part] = shape[dim]
         parts.append(part)
         operands.append(tuple(part if i == dim else x for i, x in enumerate(labels)))
-    sizes["joined"] = call.results[0][dim]
-    result = tuple("joined" if i == dim else x for i, x in enumerate(labels))
-    if len(shapes) == 1:
-        return Sentence((result,), (result,), sizes, linear="each")
-    return Sentence(tuple(operands), (result,), sizes, linear="joint", concats=(("joined", tuple(parts)),))
+    joined = parts[0] if len(parts) == 1 else "joined"
+    sizes[joined] = call.results[0][dim]
+    result = tuple(joined if i == dim else x for i, x in enumerate(labels))
+    concats = ((joined, tuple(parts)),) if len(parts) > 1 else ()
+    return Sentence(tuple(operands), (result,), sizes, linear="joint", concats=concats)
 
 
 def _stack(call: Call) -> Sentence:
@@ -473,9 +619,13 @@ Label_ = str | None
 
 
 def _repeat_interleave(call: Call) -> Sentence:
-    dim = call.dim()
     shape = call.shapes[0]
     labels = tuple(f"d{i}" for i in range(len(shape)))
+    if call.argument("dim") is None:
+        whole = dict.fromkeys(labels, "repeat_interleave without a dim flattens its operand")
+        sizes = dict(zip(labels, shape, strict=True)) | {"y": call.results[0][0]}
+        return Sentence((labels,), (("y",),), sizes, linear="each", whole=whole)
+    dim = call.dim()
     result = tuple("y" if i == dim else x for i, x in enumerate(labels))
     times = call.results[0][dim] // shape[dim]
     sizes = dict(zip(labels, shape, strict=True)) | {"y": call.results[0][dim], "t": times}
@@ -498,6 +648,8 @@ def _index(call: Call) -> Sentence:
     shape = call.shapes[0]
     labels = [f"d{i}" for i in range(len(shape))]
     indexed = [i for i, x in enumerate(indices) if x is not None]
+    if any(x.meta["val"].dtype in (torch.bool, torch.uint8) for x in call.operands[1 : 1 + len(indexed)]):
+        raise ValueError("a mask as an index picks as many positions as it holds")
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
     wide = max(len(s) for s in call.shapes[1:])
     fresh = [f"i{j}" for j in range(wide)]
@@ -522,15 +674,78 @@ def _index_select(call: Call) -> Sentence:
     return Sentence((labels, ("i",) if call.shapes[1] else ()), (result,), sizes, frozenset({0}), whole=whole)
 
 
-def _gather(call: Call) -> Sentence:
-    dim = call.dim()
-    shape, index = call.shapes[0], call.shapes[1]
+def _aligned(call: Call, dim: int, *others: int) -> tuple[list[Labels], dict[str, int], dict[str, str]]:
+    """Labels of operands read position by position beside operand 0 but for ``dim``: a dim that they cover in part
+    must be whole everywhere."""
+    shape = call.shapes[0]
     labels = tuple(f"d{i}" for i in range(len(shape)))
-    picked = tuple("i" if d == dim else (x if shape[d] == index[d] else f"y{d}") for d, x in enumerate(labels))
-    sizes = dict(zip(labels, shape, strict=True)) | dict(zip(picked, index, strict=True))
-    whole = {labels[dim]: "an index tensor picks positions from all of it"}
-    whole |= {labels[d]: "the index covers a part of it" for d in range(len(shape)) if shape[d] != index[d]}
-    return Sentence((labels, picked), (picked,), sizes, frozenset({0}), whole=whole)
+    sizes, whole = dict(zip(labels, shape, strict=True)), dict[str, str]()
+    found: list[Labels] = [labels]
+    covered = {d for d, n in enumerate(shape) if d != dim and any(call.shapes[o][d] != n for o in others)}
+    for o in others:
+        own = tuple("i" if d == dim else (f"o{o}_{d}" if d in covered else x) for d, x in enumerate(labels))
+        whole |= {own[d]: "the index covers a part of it" for d in covered}
+        sizes |= {x: n for x, n in zip(own, call.shapes[o], strict=True)}
+        found.append(own)
+    whole |= {labels[d]: "the index covers a part of it" for d in covered}
+    whole |= {labels[dim]: "an index tensor picks positions from all of it"} if labels else {}
+    return found, sizes, whole
+
+
+def _gather(call: Call) -> Sentence:
+    found, sizes, whole = _aligned(call, call.dim(), 1)
+    return Sentence(tuple(found), (found[1],), sizes, frozenset({0}), whole=whole)
+
+
+def _take_along(call: Call) -> Sentence:
+    """gather whose operands are broadcast against each other but for the dim."""
+    if call.argument("dim") is None:
+        raise ValueError("take_along_dim without a dim flattens its operand")
+    dim = call.dim()
+    text = " ".join("{0}" if d == dim else f"d{d}" for d in range(len(call.shapes[0])))
+    row = f"{text.format('s!')}, {text.format('i')} -> {text.format('i')}"
+    found = parse_row(row, call.shapes, call.results, "take_along_dim")
+    return replace(found, linear=frozenset({0}), whole={"s": "an index tensor picks positions from all of it"})
+
+
+def _scatter(call: Call) -> Sentence:
+    """scatter and its kin: every position of the index writes into all of the dim, so the index is whole there."""
+    found, sizes, whole = _aligned(call, call.dim(), *range(1, len(call.shapes)))
+    for o, labels in enumerate(found[1:], 1):  # the source may be longer than the index
+        found[o] = tuple(f"i{o}" if x == "i" else x for x in labels)
+        sizes[f"i{o}"] = call.shapes[o][call.dim()] if labels else 1
+        whole[f"i{o}"] = "the index writes all of it"
+    return Sentence(tuple(found), (found[0],), sizes, whole=whole)
+
+
+def _index_write(call: Call) -> Sentence:
+    """index_add, index_copy, index_fill: whole slices are written where a list of positions says."""
+    dim = call.dim()
+    labels = tuple(f"d{i}" for i in range(len(call.shapes[0])))
+    sizes = dict(zip(labels, call.shapes[0], strict=True)) | {"i": math.prod(call.shapes[1])}
+    whole = {labels[dim]: "an index tensor writes into all of it", "i": "the index writes all of it"}
+    source = tuple("i" if d == dim else x for d, x in enumerate(labels)) if call.shapes[2:] and call.shapes[2] else ()
+    operands = (labels, ("i",) * len(call.shapes[1]), source)[: len(call.shapes)]
+    return Sentence(operands, (labels,), sizes, whole=whole)
+
+
+def _index_put(call: Call) -> Sentence:
+    """``x[..., i, ...] = values``: indexed dims and the index itself must be whole, the others pass."""
+    picked = _index(replace(call, operands=call.operands[:-1], shapes=call.shapes[:-1], results=(_picked(call),)))
+    fresh = {x for labels in picked.operands[1:] for x in labels if x is not None}
+    wide = picked.results[0]
+    written = zip(wide[len(wide) - len(call.shapes[-1]) :], call.shapes[-1], strict=True)
+    values = tuple(None if n == 1 and picked.sizes[str(x)] != 1 else x for x, n in written)
+    whole = dict(picked.whole) | dict.fromkeys(fresh, "the index writes all of it")
+    return Sentence((*picked.operands, values), (picked.operands[0],), picked.sizes, whole=whole)
+
+
+def _picked(call: Call) -> Shape:
+    """Shape of ``x[..., i, ...]`` for the indices of an index_put."""
+    meta = torch.empty(call.shapes[0], device="meta")
+    shapes = iter(call.shapes[1:])
+    index = [slice(None) if x is None else torch.zeros(next(shapes), dtype=torch.long, device="meta") for x in call.argument("indices")]
+    return tuple(meta[tuple(index)].shape)
 
 
 def _cross_entropy(call: Call) -> Sentence:
@@ -577,9 +792,14 @@ def _embedding(local: LocalCall) -> torch.fx.Node | None:
     rows = local.operands[0].dims[0]
     if not axes_of(rows):
         return None
-    start = local.start(rows)
     padding = int(local.call.argument("padding_idx"))
-    return local.emit(kernels.embedding_rows, (local.args[0], local.args[1], start, padding, size(rows)))
+    return local.emit(kernels.embedding_rows, (local.args[0], local.args[1], local.held(rows), padding, size(rows)))
+
+
+def _lookup(call: Call) -> Sentence:
+    if call.argument("scale_grad_by_freq") or call.argument("sparse"):
+        raise ValueError("an embedding with sparse or frequency-scaled gradients has no rule")
+    return replace(parse_row("v d, ... -> ... d", call.shapes, call.results, "embedding"), sums=True)
 
 
 def _dropout(local: LocalCall) -> torch.fx.Node | None:
@@ -587,10 +807,28 @@ def _dropout(local: LocalCall) -> torch.fx.Node | None:
     cuts = local.cut_dims(0)
     if not cuts or not local.call.argument("train"):
         return None
-    return local.emit(kernels.dropout_part, (local.args[0], local.call.argument("p"), cuts))
+    strides = [local.call.size(n) for n in local.call.operands[0].meta["val"].stride()]
+    order = sorted(range(len(strides)), key=lambda d: -strides[d])
+    return local.emit(kernels.dropout_part, (local.args[0], local.call.argument("p"), cuts, order))
 
 
-ROWS: tuple[Rule, ...] = (
+def _resampling(spatial: int) -> list[str]:
+    """Pooling and interpolation over the last ``spatial`` dims: all others pass."""
+    pools = [f"aten.{n}{spatial}d.default" for n in ("max_pool", "avg_pool", "adaptive_avg_pool")]
+    scales = {1: ("nearest1d", "linear1d"), 2: ("nearest2d", "bilinear2d", "bicubic2d")}[spatial]
+    return [*pools, *(f"aten.upsample_{n}.vec" for n in scales)]
+
+
+def _with_aliases(rows: Iterable[Rule]) -> Iterable[Rule]:
+    for rule in rows:
+        yield rule
+        _, name, overload = rule.op.split(".")
+        for alias, real in ALIASES.items():
+            if real == name and overload in getattr(torch.ops.aten, alias).overloads():
+                yield replace(rule, op=f"aten.{alias}.{overload}")
+
+
+_ROWS: tuple[Rule, ...] = (
     *_elementwise(),
     Rule("aten.linear.default", "... k, n k -> ... n", "each", sums=True),
     Rule("aten.mm.default", "m k, k n -> m n", "each", sums=True),
@@ -600,64 +838,95 @@ ROWS: tuple[Rule, ...] = (
     Rule("aten.outer.default", "m, n -> m n", "each"),
     Rule("aten.matmul.default", _matmul),
     Rule("aten.einsum.default", _einsum),
-    *(Rule(f"aten.conv{n}d.default", _conv) for n in (1, 2, 3)),
+    Rule("aten.inner.default", _inner),
+    Rule("aten.tensordot.default", _tensordot),
+    *(Rule(f"aten.conv{n}d.{o}", _conv, localize=_local_groups) for n in (1, 2, 3) for o in ("default", "padding")),
+    *(Rule(f"aten.conv_transpose{n}", _conv, localize=_local_groups) for n in ("1d.default", "2d.input", "3d.input")),
+    *(Rule(op, "... x! -> ... y", because="it reads its neighbours") for op in _resampling(1)),
+    *(Rule(op, "... x! y! -> ... z w", because="it reads its neighbours") for op in _resampling(2)),
     Rule("aten.scaled_dot_product_attention.default", _attention),
-    Rule("aten.embedding.default", "v d, ... -> ... d", None, sums=True, kernel=_embedding),
+    Rule("aten.embedding.default", _lookup, kernel=_embedding),
     Rule("aten.dropout.default", "... -> ...", "each", kernel=_dropout, random=True),
     Rule("aten.layer_norm.default", _normalize),
     Rule("aten.rms_norm.default", _normalize),
-    Rule("aten.batch_norm.default", _channels_whole),
-    Rule("aten.group_norm.default", _channels_whole),
+    Rule("aten.batch_norm.default", _batch_norm),
+    Rule("aten.group_norm.default", _group_norm),
     Rule("aten.cross_entropy_loss.default", _cross_entropy),
     *(Rule(f"aten.{n}.int", _along("dim", "softmax runs over the whole axis")) for n in ("softmax", "log_softmax")),
-    *(Rule(f"aten.{n}.default", _along("dim", f"{n} runs along the whole axis")) for n in ("cumsum", "cumprod")),
+    Rule("aten.cumsum.default", _along("dim", "cumsum runs along the whole axis", "each")),
+    *(
+        Rule(f"aten.{n}.default", _along("dim", f"{n} runs along the whole axis"))
+        for n in ("cumprod", "logcumsumexp", "cummax", "cummin")
+    ),
     Rule("aten.flip.default", _along("dims", "flip reverses it", "each")),
     Rule("aten.roll.default", _along("dims", "roll moves its positions", "each")),
-    Rule("aten.sort.default", _along("dim", "sort runs over the whole axis")),
-    Rule("aten.argsort.default", _along("dim", "sort runs over the whole axis")),
+    *(
+        Rule(f"aten.{n}.{o}", _along("dim", "sort runs over the whole axis"))
+        for n in ("sort", "argsort")
+        for o in ("default", "stable")
+    ),
     Rule("aten.topk.default", _along("dim", "topk runs over the whole axis")),
     *(Rule(f"aten.sum.{o}", _reduction(True, "")) for o in ("dim_IntList", "default")),
     *(Rule(f"aten.mean.{o}", _reduction(True, ""), kernel=_mean) for o in ("dim", "default")),
     *(
         Rule(op, _reduction(False, "the reduction needs the whole axis"))
-        for op in """aten.amax.default aten.amin.default aten.max.dim aten.min.dim aten.max.default aten.min.default
-        aten.argmax.default aten.argmin.default aten.prod.dim_int aten.any.dim aten.any.default aten.all.dim
-        aten.all.default aten.logsumexp.default aten.var.correction aten.var.dim aten.std.correction aten.std.dim
-        aten.linalg_vector_norm.default aten.norm.ScalarOpt_dim""".split()
+        for op in _names("""aten.amax.default aten.amin.default aten.max.dim aten.min.dim aten.max.default aten.min.default
+        aten.argmax.default aten.argmin.default aten.prod.dim_int aten.prod.default aten.any.dim aten.any.dims
+        aten.any.default aten.all.dim aten.all.dims aten.all.default aten.logsumexp.default aten.var.correction
+        aten.var.dim aten.std.correction aten.std.dim aten.var_mean.correction aten.std_mean.correction
+        aten.aminmax.default aten.linalg_vector_norm.default aten.linalg_norm.default aten.norm.ScalarOpt_dim""")
     ),
     *(Rule(f"aten.{n}.default", _reshape, localize=_local_shape("size")) for n in ("view", "_unsafe_view")),
     Rule("aten.reshape.default", _reshape, localize=_local_shape("shape")),
     Rule("aten.flatten.using_ints", _reshape),
     Rule("aten.unflatten.int", _reshape, localize=_local_unflatten),
-    Rule("aten.expand.default", _expand, localize=_local_shape("size")),
+    *(Rule(f"aten.{n}.default", _expand, localize=_local_shape("size")) for n in ("expand", "broadcast_to")),
     Rule("aten.transpose.int", _permuted(_swap)),
     Rule("aten.t.default", _permuted(_reverse_two)),
     Rule("aten.permute.default", _permuted(_permute)),
-    *(Rule(f"aten.{n}.default", _permuted(_reverse_two)) for n in ("mT", "adjoint")),
+    *(Rule(f"aten.{n}.default", _permuted(_reverse_two)) for n in ("mT", "mH", "adjoint")),
+    Rule("aten.swapaxes.default", _permuted(_swap_axes)),
+    Rule("aten.swapdims.default", _permuted(_swap)),
+    *(Rule(f"aten.{n}.{o}", _permuted(_move)) for n in ("movedim", "moveaxis") for o in ("int", "intlist")),
     Rule("aten.numpy_T.default", _permuted(lambda _, n: list(reversed(range(n))))),
     Rule("aten.slice.Tensor", _slice, localize=_local_slice),
+    Rule("aten.narrow.default", _narrow, localize=_local_narrow),
     Rule("aten.select.int", _select, localize=_local_select),
     Rule("aten.split.Tensor", _pieces, localize=_local_pieces),
     Rule("aten.split.sizes", _pieces, localize=_local_pieces),
     Rule("aten.split_with_sizes.default", _pieces, localize=_local_pieces),
     Rule("aten.chunk.default", _pieces, localize=_local_pieces),
+    *(Rule(f"aten.tensor_split.{o}", _pieces, localize=_local_pieces) for o in ("sections", "indices")),
+    Rule("aten.glu.default", _glu),
+    Rule("aten.unfold.default", _unfold),
     Rule("aten.unbind.int", _unbind),
-    *(Rule(f"aten.squeeze.{o}", _drop_dims) for o in ("dim", "dims", "default")),
+    *(Rule(f"aten.squeeze.{o}", _drop_dims, localize=_local_squeeze) for o in ("dim", "dims", "default")),
     Rule("aten.unsqueeze.default", _drop_dims),
     Rule("aten.cat.default", _cat),
     Rule("aten.stack.default", _stack),
-    Rule("aten.repeat.default", _repeat),
+    *(Rule(f"aten.{n}.default", _repeat) for n in ("repeat", "tile")),
     Rule("aten.repeat_interleave.self_int", _repeat_interleave),
     Rule("aten.constant_pad_nd.default", _pad),
     Rule("aten.pad.default", _pad),
     Rule("aten.index.Tensor", _index),
     Rule("aten.index_select.default", _index_select),
     Rule("aten.gather.default", _gather),
+    Rule("aten.take_along_dim.default", _take_along),
+    *(Rule(f"aten.scatter.{o}", _scatter) for o in ("src", "value")),
+    Rule("aten.scatter_add.default", _scatter),
+    Rule("aten.scatter_reduce.two", _scatter),
+    *(Rule(f"aten.{n}.default", _index_write) for n in ("index_add", "index_copy")),
+    *(Rule(f"aten.index_fill.{o}", _index_write) for o in ("int_Scalar", "int_Tensor")),
+    Rule("aten.index_put.default", _index_put),
+    Rule("aten.one_hot.default", "... -> ... n"),
     *(
         Rule(f"aten.{n}.default", "... r! c! -> ... r c", "each", because="a triangle of the matrix is zeroed")
         for n in ("tril", "triu")
     ),
 )
+
+
+ROWS: tuple[Rule, ...] = tuple(_with_aliases(_ROWS))
 
 
 def table(rows: Iterable[Rule] = ROWS) -> Mapping[str, Rule]:

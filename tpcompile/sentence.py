@@ -139,7 +139,7 @@ def parse_row(text: str, shapes: Sequence[Shape], results: Sequence[Shape], op: 
     raw_results = [expand(part, shape) for part, shape in zip(right.split(","), results, strict=False)]
     for labels, shape in [*zip(raw_operands, shapes, strict=True), *zip(raw_results, results, strict=True)]:
         for label, n in zip(labels, shape, strict=True):
-            sizes[label] = max(sizes.get(label, 0), n) if n != 0 else sizes.get(label, 0)
+            sizes[label] = n if n != 1 else sizes.get(label, 1)
 
     def broadcast(labels: list[str], shape: Shape) -> Labels:
         return tuple(None if n == 1 and sizes[x] != 1 else x for x, n in zip(labels, shape, strict=True))

@@ -112,11 +112,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Spec:
-    """A parsed .tpspec: the model classes it is written for, and its lines. Equality ignores file and places."""
+    """A .tpspec: the model classes it is written for, and its lines. Equality ignores file, places and comments.
+
+    `head` and `notes` are lines of comment above and below everything else. A planned spec has them; parsing keeps none.
+    """
 
     classes: tuple[str, ...]
     lines: tuple[Line, ...]
     filename: str = field(default="<spec>", compare=False)
+    head: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @staticmethod
     def parse(text: str, filename: str = "<spec>") -> Spec:
@@ -150,12 +155,14 @@ class Spec:
         return Spec.parse(text, str(path))
 
     def text(self) -> str:
-        """The spec as a canonical text: parsing it gives an equal spec. Comments and layout are not kept."""
-        rows = [f"for {row}" for row in textwrap.wrap(" ".join(self.classes), 96, break_on_hyphens=False)]
+        """The spec as a canonical text: parsing it gives an equal spec. The comments and layout of a file are not kept."""
+        rows = [f"# {row}".rstrip() for row in self.head]
+        rows += [f"for {row}" for row in textwrap.wrap(" ".join(self.classes), 96, break_on_hyphens=False)]
         left = [" ".join(map(str, line.patterns)) for line in self.lines]
         width = max((len(row) for row in left if len(row) <= 60), default=0)
         body = [f"{row:<{width}}  {line.rule}" for row, line in zip(left, self.lines, strict=True)]
-        return "\n".join(rows + [""] * bool(rows and body) + body) + "\n"
+        notes = [f"# {row}".rstrip() for row in self.notes]
+        return "\n\n".join("\n".join(block) for block in (rows, body, notes) if block) + "\n"
 
 
 def _component_text(component: Component) -> str:

@@ -22,7 +22,7 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._export.utils import _compiling_state_context
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -38,9 +39,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.export._trace import _compiling_state_context
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -185,11 +186,12 @@ class _Flat(nn.Module):
     def __init__(self, model: nn.Module, rebuild: Rebuild, trace: Trace):
         super().__init__()
         self.wrapped = model
-        self.__dict__.update(rebuild=rebuild, trace=trace)
+        self._rebuild: Callable[..., Any] = rebuild
+        self._trace: Any = trace  # Any: nn.Module says that an attribute is a tensor or a module
 
     def forward(self, *flat: torch.Tensor) -> tuple[Any, ...]:
-        args, kwargs = self.rebuild(flat)
-        leaves, self.trace.out_spec = flattened(self.wrapped(*args, **kwargs))
+        args, kwargs = self._rebuild(flat)
+        leaves, self._trace.out_spec = flattened(self.wrapped(*args, **kwargs))
         for leaf in leaves:
             if not isinstance(leaf, _Traceable | PLAIN):
                 raise CaptureError(
@@ -198,7 +200,7 @@ class _Flat(nn.Module):
                     help="return tensors in tuples, lists and dicts, or register the class with "
                     "torch.export.register_dataclass; for a cache, pass use_cache=False",
                 )
-        self.trace.outputs = [TRACED if isinstance(leaf, _Traceable) else leaf for leaf in leaves]
+        self._trace.outputs = [TRACED if isinstance(leaf, _Traceable) else leaf for leaf in leaves]
         return tuple(leaf for leaf in leaves if isinstance(leaf, _Traceable))
 
 
@@ -301,7 +303,7 @@ class SizeEnv(ShapeEnv):
         super().__init__(tracked_fakes=[], trace_asserts=True)
         self.places: dict[tuple[int, int], sympy.Symbol] = {}
         self._roles = roles
-        self._symbols: dict[_Role, dict[int, sympy.Symbol]] = {}
+        self._symbols: dict[_Role, dict[Any, sympy.Symbol]] = {}
 
     def create_symbol(
         self, val: Any, source: Any, dynamic_dim: Any = DimDynamic.DUCK, *args: Any, **kwargs: Any
@@ -349,7 +351,8 @@ def _fake(model: nn.Module, mode: FakeTensorMode, which: Callable[[torch.Tensor]
         return memo[id(tensor)]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers, module.__dict__):
+        tables: Any = (module._parameters, module._buffers, module.__dict__)
+        for tensors in tables:
             for name, value in list(tensors.items()):
                 if isinstance(value, torch.Tensor) and which(value):
                     tensors[name] = fake(value)
@@ -363,7 +366,7 @@ def _switch_off_checkpointing(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _preserved(model: nn.Module) -> Iterator[None]:
+def _preserved(model: nn.Module) -> Generator[None]:
     """Undo whatever tracing leaves on the modules of ``model``: attributes, flags, registered tensors, containers."""
     tables = [module.__dict__ for module in model.modules()]
     containers = [value for table in tables for value in table.values() if isinstance(value, dict | list)]
@@ -410,7 +413,7 @@ def warn_of_lost_state(model: nn.Module, trace: Trace) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Neither warnings nor log lines of torch.export reach the user; what matters becomes a `CaptureError`."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -426,7 +429,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watched(trace: Trace) -> Iterator[None]:
+def _watched(trace: Trace) -> Generator[None]:
     """Refuse, at the model's own line, what tracing would drop or get wrong without a word; record its branches."""
     apply = torch.autograd.Function.__dict__["apply"].__func__
     register_hook = torch.Tensor.register_hook
@@ -482,13 +485,13 @@ def _watched(trace: Trace) -> Iterator[None]:
         _patched(torch.autograd.Function, "apply", classmethod(checked_apply)),
         _patched(torch.Tensor, "register_hook", checked_register_hook),
         _patched(torch.inference_mode, "__enter__", checked_enter),
-        _patched(fx.proxy.TracerBase, "_filter_traceback_frames", _model_frames),
+        _patched(TracerBase, "_filter_traceback_frames", _model_frames),
     ):
         yield
 
 
 @contextlib.contextmanager
-def _patched(owner: type, name: str, value: Any) -> Iterator[None]:
+def _patched(owner: type, name: str, value: Any) -> Generator[None]:
     inherited = name not in owner.__dict__
     before = getattr(owner, name) if inherited else owner.__dict__[name]
     setattr(owner, name, value)
@@ -638,7 +641,7 @@ def _pick(frames: Sequence[tuple[str, int]]) -> Where | None:
     return _line(*best[-1]) if best else None
 
 
-def _model_frames(_: fx.proxy.TracerBase, stack: traceback.StackSummary) -> traceback.StackSummary:
+def _model_frames(_: TracerBase, stack: traceback.StackSummary) -> traceback.StackSummary:
     """What torch keeps as a node's stack trace: the lines below the model's forward, helper functions included."""
     start = next((i + 1 for i, frame in enumerate(stack) if _is_entry(frame)), len(stack))
     kept = [f for f in stack[start:] if not f.filename.startswith(_TORCH) or f.filename.startswith(_TORCH_MODULES)]

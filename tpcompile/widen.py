@@ -5,13 +5,17 @@ float32", masks and tables are made in float32. Here every such dtype becomes fl
 model can be compared to 1e-12 instead of 1e-6.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import copy
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 WIDE = {
     torch.float16: torch.float64,
@@ -53,14 +57,14 @@ def widen_graph(graph: fx.Graph) -> fx.Graph:
         copied.meta = copy.copy(node.meta)
         nodes[node] = copied
         if node.op == "call_function":
-            copied.args = fx.node.map_aggregate(copied.args, _wide_dtype)  # pyright: ignore[reportAttributeAccessIssue]
-            copied.kwargs = fx.node.map_aggregate(copied.kwargs, _wide_dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            copied.args = map_aggregate(copied.args, _wide_dtype)
+            copied.kwargs = map_aggregate(copied.kwargs, _wide_dtype)
             if _is_narrow(node.meta.get("val")) and not any(
                 _is_floating(n.meta.get("val")) for n in node.all_input_nodes
             ):
                 _widen_default(copied)
         if "val" in node.meta:
-            copied.meta["val"] = torch.utils._pytree.tree_map(_wide_value, node.meta["val"])
+            copied.meta["val"] = pytree.tree_map(_wide_value, node.meta["val"])
     wide.lint()
     return wide
 
@@ -84,7 +88,8 @@ def _is_floating(value: Any) -> bool:
 def _widen_default(node: fx.Node) -> None:
     """Where the float comes from torch's default dtype (``arange(0.0, 8.0)``, int / int), ask for float64."""
     target = node.target
-    names = [argument.name for argument in target._schema.arguments] if isinstance(target, torch._ops.OpOverload) else []
+    arguments = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else []
+    names = [argument.name for argument in arguments]
     if "dtype" in names:
         if node.kwargs.get("dtype") is None and len(node.args) <= names.index("dtype"):
             node.kwargs = {**node.kwargs, "dtype": torch.float64}
