@@ -5,6 +5,7 @@ from __future__ import annotations
 from tpcompile.passes.axes import axes
 from tpcompile.passes.backward_all_reduces import backward_all_reduces
 from tpcompile.passes.canonicalize import canonicalize
+from tpcompile.passes.decompose import decompose
 from tpcompile.passes.emit import emit
 from tpcompile.passes.forward_all_reduces import forward_all_reduces
 from tpcompile.passes.place import place
@@ -15,6 +16,7 @@ PIPELINE: tuple[Pass, ...] = (
     canonicalize,  # fewer kinds of ops
     structure,  # which dims are one index space
     axes,  # which index spaces the spec cuts
+    decompose,  # norms, softmax and losses along a cut axis, as statistics
     place,  # a state per value and mesh axis
     forward_all_reduces,  # partial sums that meet are reduced once
     backward_all_reduces,  # a minimum cut decides where f stands

@@ -17,61 +17,29 @@ import torch.fx
 from tpcompile.program import Program, copy_graph
 from tpcompile.rules import op_name
 from tpcompile.sentence import argument, is_tensor
+from tpcompile.site import Site
 
 aten = torch.ops.aten
-Rewrite = Callable[["_Site"], torch.fx.Node | None]
+Rewrite = Callable[[Site], torch.fx.Node | None]
 
 
-class _Site:
-    """A node being rewritten: builds its replacement in front of it, with metadata and fake values carried along."""
-
-    def __init__(self, program: Program, graph: torch.fx.Graph, node: torch.fx.Node):
-        self.program, self.graph, self.node = program, graph, node
-
-    def arg(self, name: str) -> Any:
-        return argument(self.node, name)
-
-    def size(self, value: Any) -> int:
-        return self.program.captured.size(value.meta["val"] if isinstance(value, torch.fx.Node) else value)
-
-    def shape(self, node: torch.fx.Node) -> tuple[int, ...]:
-        return self.program.shape(node)
-
-    def emit(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
-        """A new node before the old one; its value is computed on fake tensors."""
-        made = self.graph.call_function(target, args, kwargs)
-        made.meta = {k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta")}
-        value = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with torch.no_grad():
-            made.meta["val"] = target(*value[0], **value[1])  # pyright: ignore[reportIndexIssue]
-        return made
-
-    def constant(self, node: Any) -> torch.Tensor | None:
-        """The value of a lifted constant, if the node is one."""
-        if isinstance(node, torch.fx.Node) and node.op == "get_attr":
-            return self.program.captured.constants.get(str(node.target))
-        if isinstance(node, torch.fx.Node) and op_name(node) in ("aten.lift_fresh_copy.default", "aten.detach_.default"):
-            return self.constant(node.args[0])
-        return None
-
-
-def _linear(site: _Site) -> torch.fx.Node | None:
+def _linear(site: Site) -> torch.fx.Node | None:
     bias = site.arg("bias")
     if bias is None:
         return None
     return site.emit(aten.add.Tensor, site.emit(aten.linear.default, site.arg("input"), site.arg("weight")), bias)
 
 
-def _addmm(site: _Site) -> torch.fx.Node:
+def _addmm(site: Site) -> torch.fx.Node:
     product = site.emit(aten.mm.default, site.arg("mat1"), site.arg("mat2"))
     return _weighted_sum(site, product)
 
 
-def _baddbmm(site: _Site) -> torch.fx.Node:
+def _baddbmm(site: Site) -> torch.fx.Node:
     return _weighted_sum(site, site.emit(aten.bmm.default, site.arg("batch1"), site.arg("batch2")))
 
 
-def _weighted_sum(site: _Site, product: torch.fx.Node) -> torch.fx.Node:
+def _weighted_sum(site: Site, product: torch.fx.Node) -> torch.fx.Node:
     alpha, beta, addend = site.arg("alpha"), site.arg("beta"), site.arg("self")
     if alpha != 1:
         product = site.emit(aten.mul.Tensor, product, alpha)
@@ -82,38 +50,38 @@ def _weighted_sum(site: _Site, product: torch.fx.Node) -> torch.fx.Node:
     return site.emit(aten.add.Tensor, addend, product)
 
 
-def _dropout(site: _Site) -> torch.fx.Node | None:
+def _dropout(site: Site) -> torch.fx.Node | None:
     return None if site.arg("train") and site.arg("p") != 0.0 else site.arg("input")
 
 
-def _slice(site: _Site) -> torch.fx.Node | None:
+def _slice(site: Site) -> torch.fx.Node | None:
     shape = site.shape(site.arg("self"))
     same = shape == site.shape(site.node) and (site.arg("step") or 1) == 1
     return site.arg("self") if same else None
 
 
-def _broadcast(site: _Site) -> torch.fx.Node:
+def _broadcast(site: Site) -> torch.fx.Node:
     return site.emit(aten.expand.default, site.arg("self"), site.arg("size"))
 
 
-def _same_shape(site: _Site) -> torch.fx.Node | None:
+def _same_shape(site: Site) -> torch.fx.Node | None:
     operand = site.node.args[0]
     assert isinstance(operand, torch.fx.Node)
     return operand if site.shape(operand) == site.shape(site.node) else None
 
 
-def _cast(site: _Site) -> torch.fx.Node | None:
+def _cast(site: Site) -> torch.fx.Node | None:
     before, after = site.node.args[0].meta["val"], site.node.meta["val"]  # type: ignore[union-attr]
     if not op_name(site.node).startswith("aten.type_as") and argument(site.node, "copy"):
         return None
     return site.node.args[0] if (before.dtype, before.device) == (after.dtype, after.device) else None  # type: ignore[return-value]
 
 
-def _alias(site: _Site) -> torch.fx.Node | None:
+def _alias(site: Site) -> torch.fx.Node | None:
     return site.node.args[0]  # type: ignore[return-value]
 
 
-def _index(site: _Site) -> torch.fx.Node | None:
+def _index(site: Site) -> torch.fx.Node | None:
     """``x[..., [i, i+1]]`` with constant consecutive indices is a slice."""
     indices = list(site.arg("indices"))
     used = [d for d, x in enumerate(indices) if x is not None]
@@ -129,7 +97,7 @@ def _index(site: _Site) -> torch.fx.Node | None:
     return site.emit(aten.slice.Tensor, site.arg("self"), used[0], picked[0], picked[-1] + 1)
 
 
-def _attention(site: _Site) -> torch.fx.Node | None:
+def _attention(site: Site) -> torch.fx.Node | None:
     """Fused attention with dropout (its mask cannot be cut) or grouped heads, written out as the kernel's math path."""
     q, k, v = (site.arg(x) for x in ("query", "key", "value"))
     grouped = site.arg("enable_gqa") and site.shape(q)[-3] != site.shape(k)[-3]
@@ -197,7 +165,7 @@ def canonicalize(program: Program) -> Program:
         if rewrite is None:
             continue
         with graph.inserting_before(node):
-            made = rewrite(_Site(program, graph, node))
+            made = rewrite(Site(program, graph, node))
         if made is not None:
             node.replace_all_uses_with(made)
             graph.erase_node(node)

@@ -105,15 +105,17 @@ class _Emitter:
         return self.graph.call_function(operator.mul, (unit, per_rank([whole // c for c in common])))
 
     def _describe(self, node: torch.fx.Node, before: torch.fx.Node | None) -> None:
-        """Give every node made for ``node`` its metadata; the last one also its placement."""
+        """Give every node made for ``node`` its metadata, and the last of them its placement."""
         row = self.program.table.get(node.name)
+        placed = row is None
         for made in reversed(self.graph.nodes):
             if made is before:
                 break
             if "origin" in made.meta:
                 continue
             made.meta = {k: v for k, v in node.meta.items() if k != "tensor_meta"} | {"origin": node.name}
-            if row is not None:
+            if row is not None and not placed:
+                placed = True
                 made.meta["placement"] = row.results[0] if len(row.results) == 1 else row.results
                 made.meta["reason"] = row.reason
 

@@ -51,7 +51,7 @@ def _other_dtype(match: Match) -> str | None:
 def _no_bias(match: Match) -> str | None:
     """Whether ``b`` cannot be the bias of the product whose result, in the root's last dim, it is added to."""
     b, out = match["b"].meta["val"], match.root.meta["val"]
-    if _sizes(b) != _sizes(out)[-1:]:
+    if _exact(b.shape) != _exact(out.shape[-1:]):
         return f"b is {list(b.shape)}, not one number for each of the {out.shape[-1]} columns"
     dtypes = {match[v].meta["val"].dtype for v in "xwb"}
     return None if len(dtypes) == 1 else f"a product with bias takes one dtype, not {sorted(map(str, dtypes))}"
@@ -68,24 +68,29 @@ def _changes(neutral: int) -> Any:
             return f"it makes {out.dtype} of {x.dtype}"
         if neutral == 0 and (x.dtype.is_floating_point or x.dtype.is_complex):
             return "-0.0 + 0 is 0.0"
-        return _is_output(match)
+        return _new_memory(match)
 
     return reason
 
 
-def _is_output(match: Match) -> str | None:
-    output = any(user.op == "output" for user in match.root.users)
-    return "the program's output must be a tensor of its own" if output else None
-
-
 def _not_a_mask(match: Match) -> str | None:
     dtype = match["x"].meta["val"].dtype
-    return None if dtype == torch.bool else f"x is {dtype}, not bool"
+    return _new_memory(match) if dtype == torch.bool else f"x is {dtype}, not bool"
+
+
+def _new_memory(match: Match) -> str | None:
+    """Whether the copy of ``x`` that the root makes is needed."""
+    x, out = match["x"].meta["val"], match.root.meta["val"]
+    if any(user.op == "output" for user in match.root.users):
+        return "the program's output must be a tensor of its own"
+    if (_exact(x.shape), _exact(x.stride())) != (_exact(out.shape), _exact(out.stride())):
+        return "it is laid out in memory in another way"
+    return None
 
 
 def _changes_shape(match: Match) -> str | None:
     x, root = match["x"], match.root
-    before, after = _sizes(x.meta["val"]), _sizes(root.meta["val"])
+    before, after = _exact(x.meta["val"].shape), _exact(root.meta["val"].shape)
     if before != after:
         return f"the shape becomes {list(after)}, it was {list(before)}"
     cut, uncut = root.meta.get("placement"), x.meta.get("placement")
@@ -108,9 +113,9 @@ def _indivisible(match: Match) -> str | None:
     return None
 
 
-def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
-    """Shape of a fake tensor; symbolic sizes are compared as expressions, without a guess."""
-    return tuple(n.node.expr if isinstance(n, torch.SymInt) else n for n in value.shape)
+def _exact(sizes: Sequence[Any]) -> tuple[Any, ...]:
+    """Sizes to be compared as expressions, without a guess at what symbols stand for."""
+    return tuple(n.node.expr if isinstance(n, torch.SymInt) else n for n in sizes)
 
 
 # ---------------------------------------------------------------------------------------------- the patterns
@@ -190,21 +195,6 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         "a view of the same shape",
         lambda x, shape: aten.view.default(x, shape), lambda x, shape: x, _changes_shape,
-    ),
-    Pattern(
-        "a reshape copies where it must",
-        lambda x, shape: aten.reshape.default(aten.contiguous.default(x), shape),
-        lambda x, shape: aten.reshape.default(x, shape),
-    ),
-    Pattern(
-        "a view of a copy is a reshape",
-        lambda x, shape: aten.view.default(aten.contiguous.default(x), shape),
-        lambda x, shape: aten.reshape.default(x, shape),
-    ),
-    Pattern(
-        "a view of a reshape is a reshape",
-        lambda x, shape, other: aten.view.default(aten.reshape.default(x, other), shape),
-        lambda x, shape, other: aten.reshape.default(x, shape),
     ),
     Pattern("(n * a) // b, divided", lambda n, a, b: n * a // b, lambda n, a, b: n * (a // b), _indivisible),
 )  # fmt: skip

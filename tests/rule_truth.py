@@ -12,7 +12,7 @@ import importlib
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ from tpcompile.errors import ShardingError
 from tpcompile.layout import Layout, Leaf, Mesh, axes_of, concat, positions, product, same, size
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
 from tpcompile.program import Program, Row
-from tpcompile.rules import Rule, op_name
+from tpcompile.rules import Rule
 from tpcompile.sentence import Sentence
 from tpcompile.simulate import Simulation
 
@@ -286,55 +286,67 @@ def _assembled(parts: Sequence[Tensor], placed: Placement, mesh: Mesh, ranks: Se
 
 
 def given_values(x: Tensor, placed: Placement, mesh: Mesh, generator: torch.Generator) -> list[Tensor]:
-    """``x`` on every rank in the state ``placed``: its part; over P axes, terms that add up to it."""
-    locals_ = [_local(x, placed, mesh, r) for r in range(mesh.degree)]
-    partial = [a for a, letter in enumerate(placed.letters) if letter == "P"]
-    for group in _groups(mesh, partial) if partial else []:
-        rest = locals_[group[0]].clone()
+    """``x`` on every rank in the state ``placed``: its part; over P axes terms that add up to it, alike over R and H."""
+    found = [_local(x, placed, mesh, r) for r in range(mesh.degree)]
+    for group in _groups(mesh, _axes(placed, "P")):
+        rest = found[group[0]]
         for rank in group[1:]:
-            term = uniform(rest.shape, x.dtype, -2, 2, generator)
-            locals_[rank], rest = term, rest - term
-        locals_[group[0]] = rest
-    return [y.clone() for y in locals_]
+            found[rank] = uniform(rest.shape, x.dtype, -2, 2, generator)
+            rest = rest - found[rank]
+        found[group[0]] = rest
+    return _alike(found, mesh, _axes(placed, "RH"))
 
 
 def given_gradients(g: Tensor, placed: Placement, mesh: Mesh, generator: torch.Generator) -> list[Tensor]:
-    """The gradient of a value in the state ``placed``: over H and S axes, terms that add up to ``g`` where they meet."""
-    seeds = [torch.zeros(())] * mesh.degree
-    for group in _groups(mesh, _summed(placed)):
+    """The gradient of a value in the state ``placed``: over H and S axes terms that add up to ``g`` where they meet,
+    alike over R and P."""
+    found = [torch.zeros(())] * mesh.degree
+    for group in _groups(mesh, _axes(placed, "HS")):
         ones = [torch.ones_like(_local(g, placed, mesh, r)) for r in group]
         noise = [uniform(x.shape, x.dtype, -1, 1, generator) for x in ones]
         count = _assembled(ones, placed, mesh, group)
         missing = (g - _assembled(noise, placed, mesh, group)) / count
         for rank, term in zip(group, noise, strict=True):
-            seeds[rank] = term + _local(missing, placed, mesh, rank)
-    return seeds
+            found[rank] = term + _local(missing, placed, mesh, rank)
+    return _alike(found, mesh, _axes(placed, "RP"))
 
 
-def _summed(placed: Placement) -> list[int]:
-    return [a for a, letter in enumerate(placed.letters) if letter in "HS"]
+def _axes(placed: Placement, letters: str) -> list[int]:
+    return [a for a, letter in enumerate(placed.letters) if letter in letters]
+
+
+def _alike(found: Sequence[Tensor], mesh: Mesh, axes: Iterable[int]) -> list[Tensor]:
+    """Copies of the first rank's over ``axes``."""
+    first = {rank: group[0] for group in _groups(mesh, axes) for rank in group}
+    return [found[first[rank]].clone() for rank in range(mesh.degree)]
+
+
+def _unlike(found: Sequence[Tensor], mesh: Mesh, axes: Iterable[int]) -> str | None:
+    for group in _groups(mesh, axes):
+        for rank in group[1:]:
+            if error := _differs(found[rank], found[group[0]]):
+                return f"ranks {group[0]} and {rank} differ: {error}"
+    return None
 
 
 def wrong_value(parts: Sequence[Tensor], placed: Placement, mesh: Mesh, whole: Tensor) -> str | None:
     """What is wrong with a value that claims to be ``whole`` in the state ``placed``."""
-    partial = [a for a, letter in enumerate(placed.letters) if letter == "P"]
-    for group in _groups(mesh, partial):
-        expected = _local(whole, placed, mesh, group[0])
-        got = parts[group[0]]
+    for group in _groups(mesh, _axes(placed, "P")):
+        total = parts[group[0]]
         for rank in group[1:]:
-            got = got + parts[rank]
-        if error := _differs(got, expected):
+            total = total + parts[rank]
+        if error := _differs(total, _local(whole, placed, mesh, group[0])):
             return f"ranks {group}: {error}"
-    return None
+    return _unlike(parts, mesh, _axes(placed, "RH"))
 
 
 def wrong_gradient(parts: Sequence[Tensor | None], placed: Placement, mesh: Mesh, whole: Tensor) -> str | None:
     """What is wrong with the gradients of an operand in the state ``placed``; a missing one is zero."""
     filled = [torch.zeros_like(_local(whole, placed, mesh, r)) if g is None else g for r, g in enumerate(parts)]
-    for group in _groups(mesh, _summed(placed)):
+    for group in _groups(mesh, _axes(placed, "HS")):
         if error := _differs(_assembled([filled[r] for r in group], placed, mesh, group), whole):
             return f"ranks {group}: {error}"
-    return None
+    return _unlike(filled, mesh, _axes(placed, "RP"))
 
 
 def _differs(got: Tensor, expected: Tensor) -> str | None:
@@ -353,20 +365,22 @@ def _differs(got: Tensor, expected: Tensor) -> str | None:
 
 @dataclass
 class Report:
-    """What was tried: calls refused (by reason), calls run (of which with something cut or partial), and failures."""
+    """Assignments tried, refused (by reason), accepted (of which with something cut or partial) and run; failures."""
 
     tried: int = 0
     refused: Counter[str] = field(default_factory=Counter[str])
-    ran: int = 0
+    accepted: int = 0
     cut: int = 0
+    ran: int = 0
     failures: list[str] = field(default_factory=list[str])
 
     def __add__(self, other: Report) -> Report:
         return Report(
             self.tried + other.tried,
             self.refused + other.refused,
-            self.ran + other.ran,
+            self.accepted + other.accepted,
             self.cut + other.cut,
+            self.ran + other.ran,
             self.failures + other.failures,
         )
 
@@ -402,26 +416,19 @@ def uncompiled() -> Any:
     return mock.patch.object(torch.fx.GraphModule, "recompile")
 
 
-def run(
-    rule: Rule, case: Case, sentence: Sentence, ins: Sequence[Placement], mesh: Mesh, **options: Any
-) -> tuple[Solution | None, str | None]:
-    """One assignment of placements: (solution, or None if refused; what is wrong, or the reason of the refusal)."""
-    try:
-        solution = solve(sentence, ins, mesh, **options)
-    except PlacementError as error:
-        return None, str(error)
-    for error in typing_errors(sentence, solution, case, mesh):
-        return solution, error
+def execute(rule: Rule, case: Case, ins: Sequence[Placement], mesh: Mesh, solution: Solution) -> str | None:
+    """Emit the call for operands placed as ``ins``, run it on all ranks, and say what is wrong.
+
+    Raises:
+        ShardingError: emission refuses.
+    """
     operands = [n for n in case.graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)]
     table = {n.name: Row((), (p,), (p,), "given") for n, p in zip(operands, ins, strict=True)}
     table[case.node.name] = Row(solution.operands, solution.results, solution.results, solution.reason)
     if case.several:
         table |= {n.name: Row((), (p,), (p,), "") for n, p in zip(case.results, solution.results, strict=True)}
-    try:
-        with mock.patch.object(EMISSION, "RULES", {rule.op: rule}), uncompiled():
-            emitted = EMISSION.emit(case.program(mesh, table)).graph_module
-    except ShardingError as error:
-        return None, error.why or error.what
+    with mock.patch.object(EMISSION, "RULES", {rule.op: rule}), uncompiled():
+        emitted = EMISSION.emit(case.program(mesh, table)).graph_module
     last = {str(n.meta["origin"]): n for n in emitted.graph.nodes if "origin" in n.meta}
     emitted.graph.output_node().args = (tuple(last[n.name] for n in case.results),)
     generator = torch.Generator().manual_seed(13)
@@ -438,7 +445,7 @@ def run(
     made = Simulation(emitted, mesh.degree, mesh.all_groups()).run(inputs)
     for i, (whole, p) in enumerate(zip(case.outputs, solution.results, strict=True)):
         if case.sample.values and (error := wrong_value([mine[i].detach() for mine in made], p, mesh, whole)):
-            return solution, f"result {i} as {p}, {error}"
+            return f"result {i} as {p}, {error}"
     seeds = [
         [None] * mesh.degree if g is None else given_gradients(g, p, mesh, generator)
         for g, p in zip(case.seeds, solution.results, strict=True)
@@ -450,8 +457,8 @@ def run(
     for i, p in placed.items():
         whole = case.grads[i]
         if whole is not None and (error := wrong_gradient([mine[i].grad for mine in inputs], p, mesh, whole)):
-            return solution, f"gradient of operand {case.tensors.index(i)} as {p}, {error}"
-    return solution, None
+            return f"gradient of operand {case.tensors.index(i)} as {p}, {error}"
+    return None
 
 
 def assignments(case: Case, mesh: Mesh) -> Iterator[tuple[Placement, ...]]:
@@ -478,25 +485,50 @@ def check(
             report.refused[str(error)] += 1
             continue
         for mesh in meshes(sample):
+            seen = set[Hashable]()
             for ins in assignments(case, mesh):
                 for options in _options(ins, mesh):
-                    report.tried += 1
-                    try:
-                        solution, error = run(rule, case, sentence, ins, mesh, **options)
-                    except Exception as raised:  # noqa: BLE001  whatever the emitted code raises is a failure of the rule
-                        solution, error = None, f"{type(raised).__name__}: {raised}"
+                    error = _try(rule, case, sentence, ins, mesh, options, seen, report)
+                    if error is not None:
                         report.failures.append(_told(sample, ins, mesh, options, error))
-                    else:
-                        if solution is None:
-                            report.refused[error or ""] += 1
-                            continue
-                        report.ran += 1
-                        report.cut += any(set(p.letters) & {"S", "P"} for p in solution.operands)
-                        if error is not None:
-                            report.failures.append(_told(sample, ins, mesh, options, error))
-                    if first_only and report.failures:
-                        return report
+                        if first_only:
+                            return report
     return report
+
+
+def _try(
+    rule: Rule,
+    case: Case,
+    sentence: Sentence,
+    ins: Sequence[Placement],
+    mesh: Mesh,
+    options: Mapping[str, Any],
+    seen: set[Hashable],
+    report: Report,
+) -> str | None:
+    """One assignment. What is wrong with it, if it is not refused.
+
+    Two assignments with one solution differ only in how each operand gets to where it is wanted. So an assignment is
+    run if its solution is new, or one of these ways.
+    """
+    report.tried += 1
+    try:
+        solution = solve(sentence, ins, mesh, **options)
+        report.accepted += 1
+        report.cut += any(set(p.letters) & {"S", "P"} for p in solution.operands)
+        for error in typing_errors(sentence, solution, case, mesh):
+            return error
+        ways: set[Hashable] = {solution, *((i, *way) for i, way in enumerate(zip(ins, solution.operands, strict=True)))}
+        if ways <= seen:
+            return None
+        seen |= ways
+        report.ran += 1
+        return execute(rule, case, ins, mesh, solution)
+    except (PlacementError, ShardingError) as refusal:
+        report.refused[str(refusal)] += 1
+        return None
+    except Exception as error:  # noqa: BLE001  whatever the emitted code raises is a failure of the rule
+        return f"{type(error).__name__}: {error}"
 
 
 def _options(ins: Sequence[Placement], mesh: Mesh) -> Iterator[dict[str, Any]]:
@@ -513,4 +545,4 @@ def _told(sample: Sample, ins: Sequence[Placement], mesh: Mesh, options: Mapping
     return f"{sample}: operands {given} on mesh {mesh.sizes} {dict(options) or ''}: {error}"
 
 
-__all__ = ["Case", "Given", "Number", "Report", "Sample", "check", "op_name", "run"]
+__all__ = ["Case", "Given", "Number", "Report", "Sample", "check"]

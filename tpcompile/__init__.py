@@ -13,6 +13,7 @@ from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, 
 if TYPE_CHECKING:
     from tpcompile.compiler import rewrite
     from tpcompile.module import TensorParallel, compile, full_gradients, full_state_dict
+    from tpcompile.planner import plan
     from tpcompile.program import Program
     from tpcompile.report import Collective
     from tpcompile.spec import Spec
@@ -27,6 +28,7 @@ _HOMES = {
     "compile": "tpcompile.module",
     "full_gradients": "tpcompile.module",
     "full_state_dict": "tpcompile.module",
+    "plan": "tpcompile.planner",
     "rewrite": "tpcompile.compiler",
     "verify": "tpcompile.equivalence",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "compile",
     "full_gradients",
     "full_state_dict",
+    "plan",
     "rewrite",
     "verify",
 ]

@@ -82,7 +82,7 @@ class Captured:
         """``n`` with every symbol at its own large prime: equality and divisibility of sizes become integer tests."""
         if isinstance(n, int):
             return n
-        expression = n.node.expr if isinstance(n, torch.SymInt) else n
+        expression: Any = n.node.expr if isinstance(n, torch.SymInt) else n
         return int(expression.xreplace(self.hints))
 
     def flatten(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> list[torch.Tensor]:

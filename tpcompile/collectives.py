@@ -64,7 +64,15 @@ TRANSITIONS: Mapping[str, Transition] = {
     )
 }
 
+STATISTICS: Mapping[str, Transition] = {
+    "all_reduce_max": Transition(
+        "all_reduce_max", "P", "R", "all_reduce_max", "identity", "the maximum that softmax subtracts; no gradient"
+    )
+}
+"""Collectives on values without a gradient, which need no adjoint."""
+
 MESSAGES: Mapping[str, str] = {
+    "all_reduce_max": "all_reduce",
     "all_reduce": "all_reduce",
     "all_reduce_runs": "all_reduce",
     "all_reduce_bucket": "all_reduce",
@@ -116,7 +124,7 @@ def messages(transition: Transition, numel: int, itemsize: int, ranks: int) -> t
 def transition_of(target: object) -> Transition | None:
     """The row of the table whose function is ``target`` (as in ``node.target``), or None."""
     if isinstance(target, FunctionType) and target.__module__ == __name__:
-        return TRANSITIONS.get(target.__name__)
+        return TRANSITIONS.get(target.__name__) or STATISTICS.get(target.__name__)
     return None
 
 
@@ -277,6 +285,17 @@ def _all_reduce(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> T
     return y
 
 
+def _all_reduce_max(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> Tensor:
+    if _seat(group)[1] == 1:
+        return x
+    if _traced(x):
+        return _functional.wait_tensor(_functional.all_reduce(x.contiguous(), "max", group))
+    y = x.clone(memory_format=torch.contiguous_format)
+    if y.numel():
+        dist.all_reduce(y, dist.ReduceOp.MAX, group=resolve_group(group))
+    return y
+
+
 def _all_reduce_runs(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> Tensor:
     (runs,) = cast("Parts", where)
     if _seat(group)[1] == 1 or not runs:
@@ -350,6 +369,7 @@ def _reduce_scatter(x: Tensor, dim: int, where: Where, group: str, owned: bool) 
 PRIMITIVES: Mapping[str, Callable[[Tensor, int, Where, str, bool], Tensor]] = {
     "identity": _identity,
     "all_reduce": _all_reduce,
+    "all_reduce_max": _all_reduce_max,
     "all_reduce_runs": _all_reduce_runs,
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
@@ -612,3 +632,11 @@ def copy_all(xs: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
         return tuple(xs)
     row = TRANSITIONS["copy_all"]
     return cast("tuple[Tensor, ...]", _LinearMany.apply(row.forward, row.backward, group, *xs))
+
+
+def all_reduce_max(x: Tensor, group: str) -> Tensor:
+    """The elementwise maximum over ``group``, for statistics: x must not require a gradient (ValueError)."""
+    if x.requires_grad:
+        raise ValueError("all_reduce_max has no gradient: detach its operand")
+    row = STATISTICS["all_reduce_max"]
+    return _apply(x, row.forward, row.backward, 0, (), group)

@@ -25,7 +25,7 @@ from tpcompile.collectives import transition_of
 from tpcompile.compare import cotangents, differentiable, gradient_errors, largest, relative_error
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.errors import TpcompileError
-from tpcompile.layout import Layout, Leaf, axes_of, size, whole_segments
+from tpcompile.layout import Concat, Layout, Leaf, Product, axes_of, concat, product, size, whole_segments
 from tpcompile.placement import Placement
 from tpcompile.program import Program, where
 from tpcompile.report import Collective
@@ -42,7 +42,7 @@ class Report:
     Attributes:
         ok: every check below holds.
         output_error, gradient_error: worst relative errors in fp64, ranks against the captured graph.
-        native_output_error, native_gradient_error: the same in the model's own precision, ranks against the eager model.
+        native_output_error, native_gradient_error: the same in the model's own precision, against the eager model.
         replicas_equal: parameters' gradients that ranks hold in common are bitwise equal among them.
         mismatch: the first difference in words, if there is one.
         collectives: every collective of a step.
@@ -298,9 +298,15 @@ def _simulate(
             filled = [torch.zeros_like(x) if x.grad is None else x.grad for x in copies]
             gradients[f"input {index}"] = filled[0]
             equal &= all(torch.equal(filled[0], g) for g in filled)
-    for a, b in zip(outputs[0], outputs[-1], strict=True):
-        equal &= torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    equal &= all(_identical(a, b) for other in outputs[1:] for a, b in zip(outputs[0], other, strict=True))
     return Run([_plain(x) for x in outputs[0]], gradients, equal)
+
+
+def _identical(a: Any, b: Any) -> bool:
+    """Bitwise equal; NaN equals NaN."""
+    if not isinstance(a, torch.Tensor):
+        return a == b
+    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 # ------------------------------------------------------------------------------------------------ the first difference
@@ -336,7 +342,7 @@ def _first_difference(
     for index, (want, got) in enumerate(zip(reference.outputs, exact.outputs, strict=True)):
         error = _errors(Run([want]), Run([got]))[0]
         if error > tolerance:
-            node = pytree.tree_leaves(program.graph.output_node().args[0])[index]
+            node: Any = program.graph.output_node().args[0][index]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
             return f"output {index}, value {_place(node)} differs by {error:.1e}"
     scale = largest(g for x in expected.values() if (g := x.grad if x.requires_grad else None) is not None)
     for node, values in reversed(seen):
@@ -358,7 +364,7 @@ def _place(node: torch.fx.Node) -> str:
 
 def _value_error(program: Program, node: torch.fx.Node, values: list[torch.Tensor], want: torch.Tensor) -> float:
     placed: Placement = node.meta["placement"]
-    return relative_error(want.detach(), _joined(program, placed, [v.detach() for v in values], "P"))
+    return _worst_part(program, placed, [v.detach() for v in values], want.detach(), "P", 0.0)
 
 
 def _gradient_error(
@@ -366,42 +372,60 @@ def _gradient_error(
 ) -> float:
     placed: Placement = node.meta["placement"]
     grads = [torch.zeros_like(v) if v.grad is None else v.grad for v in values]
-    axes = [a for a, d in ((a, d) for a in program.mesh.axes for d in placed.dims) if whole_segments(d, a)]
-    if axes and node.op != "get_attr":  # segments that are held whole carry partial gradients; f is behind a parameter
-        return relative_error(want, _summed(program, placed, grads), scale * 1e-3)
-    return relative_error(want, _joined(program, placed, grads, "H"), scale * 1e-3)
+    mixed = any(whole_segments(d, a) for d in placed.dims for a in program.mesh.axes)
+    if not mixed or node.op == "get_attr":  # behind a parameter stands an f of its own
+        return _worst_part(program, placed, grads, want, "H", scale * 1e-3)
+    dims = _dims(program, placed, want)
+    return 0.0 if dims is None else relative_error(want, _summed(program, placed, dims, grads), scale * 1e-3)
 
 
-def _summed(program: Program, placed: Placement, grads: list[torch.Tensor]) -> torch.Tensor:
-    """The whole gradient where some positions are held by several ranks: a sum; complete copies count once."""
+def _worst_part(
+    program: Program, placed: Placement, parts: list[torch.Tensor], want: torch.Tensor, partial: str, floor: float
+) -> float:
+    """The worst error of the ranks' parts of ``want``; what is partial (that letter) is summed first."""
+    mesh, dims = program.mesh, _dims(program, placed, want)
+    if dims is None:
+        return 0.0
+    if summed := [a for a, letter in enumerate(placed.letters) if letter == partial]:
+        groups = mesh.groups(summed)
+        together = [next(g for g in groups if rank in g) for rank in range(mesh.degree)]
+        if len({x.shape for x in parts}) > 1:
+            return math.inf
+        parts = [torch.stack([parts[m] for m in g]).sum(0) for g in together]
+    floor = max(floor, largest([want]))
+    return max(relative_error(shards.cut(want, dims, mesh, r), x, floor) for r, x in enumerate(parts))
+
+
+def _summed(program: Program, placed: Placement, dims: list[Layout], grads: list[torch.Tensor]) -> torch.Tensor:
+    """The whole gradient where some segments are held by several ranks: a sum, in which complete copies count once."""
     mesh = program.mesh
-    total: torch.Tensor | None = None
+    total = grads[0].new_zeros([size(d) for d in dims])
     for rank in range(mesh.degree):
-        if any(c for c, letter in zip(mesh.coordinates(rank), placed.letters, strict=True) if letter in "RP"):
-            continue
-        dims = _known(placed, grads[rank])
-        mine = grads[rank].new_zeros([size(d) for d in dims])
-        shards.assign(mine, grads[rank], dims, mesh, rank)
-        total = mine if total is None else total + mine
-    assert total is not None
+        copy = any(c > 0 and x in "RP" for c, x in zip(mesh.coordinates(rank), placed.letters, strict=True))
+        if not copy and grads[rank].shape == shards.shape(dims, mesh, rank):
+            mine = torch.zeros_like(total)
+            shards.assign(mine, grads[rank], dims, mesh, rank)
+            total += mine
     return total
 
 
-def _joined(program: Program, placed: Placement, parts: list[torch.Tensor], partial: str) -> torch.Tensor:
-    """The whole value (or gradient) from the ranks' parts: partial letters are summed, cut ones joined."""
-    mesh = program.mesh
-    summed = [a for a, letter in enumerate(placed.letters) if letter == partial]
-    if summed:
-        groups = mesh.groups(summed)
-        parts = [
-            torch.stack([parts[m] for m in next(g for g in groups if rank in g)]).sum(0) for rank in range(mesh.degree)
-        ]
-    return shards.join(parts, _known(placed, parts[0]), mesh)
+def _dims(program: Program, placed: Placement, whole: torch.Tensor) -> list[Layout] | None:
+    """The layouts at the sizes of this run, or None where they do not follow from the placement's sizes (the hints)."""
 
+    def at(layout: Layout) -> Layout:
+        match layout:
+            case Leaf(n, axes):
+                for symbol, hint in program.captured.hints.items():
+                    while n and n % hint == 0:
+                        n = n // hint * program.sizes[symbol]
+                return Leaf(n, axes)
+            case Product(inner):
+                return product(at(x) for x in inner)
+            case Concat(inner):
+                return concat(at(x) for x in inner)
 
-def _known(placed: Placement, part: torch.Tensor) -> list[Layout]:
-    """Layouts at the sizes of this run: a dim that is not cut may have a symbolic size."""
-    return [d if axes_of(d) else Leaf(n) for d, n in zip(placed.dims, part.shape, strict=True)]
+    dims = [at(d) if axes_of(d) else Leaf(n) for d, n in zip(placed.dims, whole.shape, strict=True)]
+    return dims if tuple(map(size, dims)) == tuple(whole.shape) else None
 
 
 __all__ = ["Report", "verify", "verify_program"]

@@ -238,8 +238,10 @@ class Inliner:
         base = env.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         while isinstance(base, fx.Node) and _is_view(base) and isinstance(base.args[0], fx.Node):
             base = base.args[0]
-        owned = isinstance(base, fx.Node) and (base.meta.get("no_grad") or str(base.target) in self.names.buffers)
-        if isinstance(base, fx.Node) and not owned and _is_float(base.meta["val"]):
+        if not isinstance(base, fx.Node) or not _is_float(base.meta["val"]):
+            return
+        stored = self._tensors[str(base.target)] if base.op == "get_attr" else None
+        if not (base.meta.get("no_grad") or (stored is not None and not stored.requires_grad)):
             raise CaptureError(
                 f"{type(self.model).__name__} cannot be captured: it writes to a tensor in place under torch.no_grad()",
                 where=source(node),

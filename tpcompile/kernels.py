@@ -26,15 +26,39 @@ def embedding_rows(weight: torch.Tensor, ids: torch.Tensor, held: Runs, padding_
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= total:
             raise IndexError(f"index out of range: ids run from {low} to {high}, the embedding has {total} rows")
-    inside, local, first = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids), 0
-    padding = None
+    inside, local = _locate(ids, held)
+    padding, first = None, 0
     for start, length in held:
-        here = (ids >= start) & (ids < start + length)
-        inside, local = inside | here, torch.where(here, ids - start + first, local)
         if start <= padding_idx < start + length:
             padding = padding_idx - start + first
         first += length
     return F.embedding(local, weight, padding_idx=padding).masked_fill(~inside.unsqueeze(-1), 0)
+
+
+def gather_part(x: torch.Tensor, dim: int, index: torch.Tensor, held: Runs, total: int) -> torch.Tensor:
+    """``torch.gather`` along a dim of ``total`` positions of which ``x`` has those in ``held``; zero for the others.
+
+    The sum over ranks is the whole pick (Megatron-LM, Shoeybi et al. 2019, section 3: cross-entropy on cut logits).
+
+    Raises:
+        IndexError: an index lies outside the dim (checked on the CPU, as ``aten.gather`` does).
+    """
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= total:
+            raise IndexError(f"index out of range: it runs from {low} to {high}, the dim has {total} positions")
+    inside, local = _locate(index, held)
+    return x.gather(dim, local).masked_fill(~inside, 0)
+
+
+def _locate(index: torch.Tensor, held: Runs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions are held here, and where they are among those held (0 for the others)."""
+    inside, local, first = torch.zeros_like(index, dtype=torch.bool), torch.zeros_like(index), 0
+    for start, length in held:
+        here = (index >= start) & (index < start + length)
+        inside, local = inside | here, torch.where(here, index - start + first, local)
+        first += length
+    return inside, local
 
 
 def take(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:

@@ -101,6 +101,12 @@ class LocalCall:
         """How many positions a rank holds."""
         return per_rank([local_size(layout, self.mesh, r) for r in self.ranks()])
 
+    def summed_axes(self) -> frozenset[int]:
+        """Mesh axes over which a summed label of operand 0 is cut."""
+        kept = {x for labels in self.sentence.results for x in labels}
+        cut = [axes_of(d) for x, d in zip(self.sentence.operands[0], self.operands[0].dims, strict=True) if x not in kept]
+        return frozenset[int]().union(*cut)
+
     def held_share(self) -> Any:
         """Share of the summed positions that a rank holds (per rank), or None when no summed axis is cut."""
         kept = {x for labels in self.sentence.results for x in labels}

@@ -139,16 +139,24 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and bool(a == b))
 
 
+def write(
+    graph: torch.fx.Graph, function: Callable[..., Any], values: Mapping[str, Any]
+) -> tuple[torch.fx.Node, list[torch.fx.Node]]:
+    """Call a pattern's function on nodes of ``graph`` and literals: the node of its result, and all new ones."""
+    writer = _Writer(graph)
+    proxies = torch.fx.map_arg(dict(values), lambda n: Proxy(n, writer))  # pyright: ignore[reportArgumentType]
+    with _Written(writer):
+        result = function(**cast("dict[str, Any]", proxies))
+    return result.node, writer.made
+
+
 @lru_cache(maxsize=256)
 def _traced(before: Callable[..., Any]) -> torch.fx.Node:
     """The root of ``before`` as a graph, whose placeholders are the variables."""
     graph = torch.fx.Graph()
-    writer = _Writer(graph)
-    variables = [Proxy(graph.placeholder(name), writer) for name in inspect.signature(before).parameters]
-    with _Written(writer):
-        result = before(*variables)
-    graph.output(result.node)  # the nodes live as long as their graph
-    return result.node
+    root, _ = write(graph, before, {name: graph.placeholder(name) for name in inspect.signature(before).parameters})
+    graph.output(root)  # the nodes live as long as their graph
+    return root
 
 
 class _Mismatch(Exception):
@@ -262,14 +270,9 @@ def _nodes_in(values: Mapping[str, Any]) -> list[torch.fx.Node]:
 def _apply(graph: torch.fx.Graph, pattern: Pattern, found: Match, program: Program) -> list[torch.fx.Node]:
     """Write ``after`` in front of the root, and return the nodes that are erased for it."""
     root = found.root
-    writer = _Writer(graph)
-    values = {
-        name: torch.fx.map_arg(value, lambda n: Proxy(n, writer))  # pyright: ignore[reportArgumentType]
-        for name, value in found.values.items()
-    }
-    with graph.inserting_before(root), _Written(writer):
-        result: torch.fx.Node = pattern.after(**values).node
-    for made in writer.made:
+    with graph.inserting_before(root):
+        result, new = write(graph, pattern.after, found.values)
+    for made in new:
         _describe(made, root, made is result, program)
     root.replace_all_uses_with(result)
     erased: list[torch.fx.Node] = []
@@ -298,4 +301,4 @@ def _describe(made: torch.fx.Node, root: torch.fx.Node, last: bool, program: Pro
             made.meta["placement"] = solve(rule.sentence(call), ins, program.mesh, keep=True).results[0]
 
 
-__all__ = ["Match", "Pattern", "explain", "leaf", "match", "rewrite"]
+__all__ = ["Match", "Pattern", "explain", "leaf", "match", "rewrite", "write"]

@@ -153,7 +153,7 @@ def solve(
                 if any(axis in held(x) for x in labels):
                     outs[r][axis] = "S"
                 else:
-                    outs[r][axis] = "P" if sentence.sums and not cut & kept else "H"
+                    outs[r][axis] = "P" if sentence.sums and not sentence.settles and not cut & kept else "H"
             reason.append(_explain_cut(cut, layouts, outs, axis))
             continue
         if not active:  # a constant, cut where the value is that its shape is read from

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from tpcompile import kernels
+from tpcompile import collectives, kernels
 from tpcompile.layout import axes_of, size
 from tpcompile.localize import LocalCall
 from tpcompile.sentence import Call, Labels, Linear, Sentence, Shape, parse_row, reshape_sentence
@@ -693,8 +693,33 @@ def _aligned(call: Call, dim: int, *others: int) -> tuple[list[Labels], dict[str
 
 
 def _gather(call: Call) -> Sentence:
+    """gather: along a cut dim every rank picks what it holds, zero elsewhere, and the sum is the whole pick."""
     found, sizes, whole = _aligned(call, call.dim(), 1)
-    return Sentence(tuple(found), (found[1],), sizes, frozenset({0}), whole=whole)
+    whole = {label: why for label, why in whole.items() if label != f"d{call.dim()}"}
+    return Sentence(tuple(found), (found[1],), sizes, frozenset({0}), sums=True, whole=whole)
+
+
+def _pick(local: LocalCall) -> torch.fx.Node | None:
+    dim = local.call.dim()
+    along = local.operands[0].dims[dim] if local.operands[0].dims else None
+    if along is None or not axes_of(along):
+        return None
+    return local.emit(kernels.gather_part, (local.args[0], dim, local.args[2], local.held(along), size(along)))
+
+
+def _largest(call: Call) -> Sentence:
+    """amax of a value without a gradient (the shift of a softmax): local maxima, and their maximum over the ranks."""
+    source = call.operands[0]
+    if source.meta.get("no_grad") or op_name(source) == "aten.detach.default":
+        return replace(_reduction(True, "")(call), linear=None, settles=True)
+    return _reduction(False, "the reduction needs the whole axis")(call)
+
+
+def _all_reduced_max(local: LocalCall) -> torch.fx.Node | None:
+    axes = local.summed_axes()
+    if not axes:
+        return None
+    return local.emit(collectives.all_reduce_max, (local.emit_op(), local.mesh.group_name(axes)))
 
 
 def _take_along(call: Call) -> Sentence:
@@ -870,7 +895,7 @@ _ROWS: tuple[Rule, ...] = (
     *(Rule(f"aten.mean.{o}", _reduction(True, ""), kernel=_mean) for o in ("dim", "default")),
     *(
         Rule(op, _reduction(False, "the reduction needs the whole axis"))
-        for op in _names("""aten.amax.default aten.amin.default aten.max.dim aten.min.dim aten.max.default aten.min.default
+        for op in _names("""aten.amin.default aten.max.dim aten.min.dim aten.max.default aten.min.default
         aten.argmax.default aten.argmin.default aten.prod.dim_int aten.prod.default aten.any.dim aten.any.dims
         aten.any.default aten.all.dim aten.all.dims aten.all.default aten.logsumexp.default aten.var.correction
         aten.var.dim aten.std.correction aten.std.dim aten.var_mean.correction aten.std_mean.correction
@@ -910,7 +935,8 @@ _ROWS: tuple[Rule, ...] = (
     Rule("aten.pad.default", _pad),
     Rule("aten.index.Tensor", _index),
     Rule("aten.index_select.default", _index_select),
-    Rule("aten.gather.default", _gather),
+    Rule("aten.amax.default", _largest, kernel=_all_reduced_max),
+    Rule("aten.gather.default", _gather, kernel=_pick),
     Rule("aten.take_along_dim.default", _take_along),
     *(Rule(f"aten.scatter.{o}", _scatter) for o in ("src", "value")),
     Rule("aten.scatter_add.default", _scatter),

@@ -28,6 +28,8 @@ class Sentence:
         linear: ``"each"``: linear in every operand taken alone (matmul); ``"joint"``: linear in all together (add);
             a set: linear in these operands alone (division's numerator); None: in none.
         sums: a label that appears in no result was summed over, so cutting it leaves a partial sum.
+        settles: the kernel reduces a summed label over the ranks itself, so the result is the same on all of them
+            (a maximum; only for values without a gradient).
         whole: labels that must not be cut, with the reason shown to the user.
         products: ``(left, right)`` label tuples with equal row-major products.
         concats: ``(label, parts)``: the label is its parts one after the other.
@@ -39,6 +41,7 @@ class Sentence:
     sizes: Mapping[str, int]
     linear: Linear = None
     sums: bool = False
+    settles: bool = False
     whole: Mapping[str, str] = field(default_factory=dict[str, str])
     products: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
     concats: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -90,6 +90,11 @@ def _all_reduce(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor]:
     return [total, *(total.clone() for _ in xs[1:])]
 
 
+def _all_reduce_max(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor]:
+    largest = torch.stack(list(xs)).amax(0)
+    return [largest, *(largest.clone() for _ in xs[1:])]
+
+
 def _all_reduce_runs(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor]:
     total = _total([collectives.pick(x, dim, runs) for x, runs in zip(xs, where, strict=True)])
     return [
@@ -118,6 +123,7 @@ def _zero_pad(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor]:
 PRIMITIVES: Mapping[str, Callable[[Sequence[Tensor], int, Parts], list[Tensor]]] = {
     "identity": _identity,
     "all_reduce": _all_reduce,
+    "all_reduce_max": _all_reduce_max,
     "all_reduce_runs": _all_reduce_runs,
     "all_reduce_bucket": _all_reduce,  # the bucket only makes one message of many
     "all_gather": _all_gather,
