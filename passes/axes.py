@@ -32,10 +32,20 @@ class Use:
     table: bool  # an embedding: `row` is looked up, not summed
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """Neighbouring atoms to cut as one over ``over`` ranks, inside ``before`` ranks that an outer cut takes."""
+
+    atoms: tuple[Atom, ...]
+    before: int
+    over: int
+    claim: Claim
+
+
 def axes(program: Program) -> Program:
     """Decide the cuts and lay every parameter out. Degree 1 cuts nothing."""
     if program.degree == 1:
-        return program.with_(mesh=Mesh((1,)), parameters=_layouts(program, {}, frozenset()))
+        return program.with_(mesh=Mesh((1,)), parameters=_layouts(program, (), frozenset()))
     wanted: list[tuple[Claim, Term, Use]] = []
     rows: list[tuple[Claim, Term, Use]] = []
     for claim in program.claims:
@@ -43,13 +53,12 @@ def axes(program: Program) -> Program:
             continue
         for use, term in _terms(program, claim):
             (rows if claim.word == "row" else wanted).append((claim, term, use))
-    plan: dict[int, tuple[Atom, int, int]] = {}  # atom id -> (atom, ranks before it, ranks it is cut over)
-    origin: dict[int, tuple[str, Claim]] = {}
+    plan: list[_Planned] = []
     considered: set[int] = set()  # atoms left whole on purpose by the plan of a finer term (kv heads, replicated)
     refused: list[tuple[Term, ShardingError]] = []
     segmented = [(claim, term, part) for claim, term, _ in wanted for part in segments(term)]
     for claim, term, part in sorted(segmented, key=lambda item: -len(candidates(item[2]))):
-        if any(id(a) in plan or id(a) in considered for a in atoms(part)):
+        if any(id(a) in considered for a in atoms(part)):
             continue
         before = 1
         try:
@@ -58,19 +67,20 @@ def axes(program: Program) -> Program:
             refused.append((term, error))
             continue
         considered |= {id(a) for a in candidates(part) if not a.pins}
-        for atom, over in chosen:
-            plan[id(atom)] = (atom, before, over)
-            origin[id(atom)] = (claim.parameter, claim)
+        for cut, over in chosen:
+            considered |= {id(a) for a in cut}
+            plan.append(_Planned(cut, before, over, claim))
             before *= over
     for term, error in refused:  # a fused weight whose segments are cut one by one may keep some of them whole
-        if not any(id(a) in plan or id(a) in considered for a in atoms(term)):
+        if not any(id(a) in considered for a in atoms(term)):
             raise error
-    _check_rows(program, rows, set(plan), wanted)
+    _check_rows(program, rows, {id(a) for p in plan for a in p.atoms}, wanted)
     mesh = _mesh(program.degree, plan)
-    cut_axes = {key: _axes_between(mesh, before, before * over) for key, (_, before, over) in plan.items()}
+    cuts = tuple(
+        Cut(p.atoms, _axes_between(mesh, p.before, p.before * p.over), p.claim.parameter, p.claim) for p in plan
+    )
     whole = frozenset(c.parameter for c in program.claims if c.word == "replicate")
-    cuts = tuple(Cut(atom, cut_axes[key], origin[key][0], 0, origin[key][1]) for key, (atom, _, _) in plan.items())
-    return program.with_(mesh=mesh, cuts=cuts, parameters=_layouts(program, cut_axes, whole), whole=whole)
+    return program.with_(mesh=mesh, cuts=cuts, parameters=_layouts(program, cuts, whole), whole=whole)
 
 
 def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
@@ -162,7 +172,7 @@ def candidates(term: Term) -> list[Atom]:
     return list(found.values())
 
 
-def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[Atom, int]]:
+def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[tuple[Atom, ...], int]]:
     """Atoms of ``term`` to cut and over how many ranks each, outermost first; they multiply to the degree."""
     everything = candidates(term)
     free = everything if claim.word == "vocab" else [a for a in everything if not a.pins]
@@ -175,9 +185,11 @@ def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[Atom, int]
             why=(pin.reason if pin else "the axis has one position") + f"; the line is {_line(claim)}",
             help=f"say `replicate` for {claim.module}, or cut another axis",
         )
-    chosen = divide([a.size for a in free], program.degree)
+    nested = len(free) > 1 and _neighbours(term, free[0], free[1])
+    sizes = [a.size for a in free]
+    chosen = divide(sizes, program.degree, nested)
     if chosen is None:
-        legal = [t for t in range(1, 129) if divide([a.size for a in free], t) is not None]
+        legal = [t for t in range(1, 129) if divide(sizes, t, nested) is not None]
         names = " x ".join(str(a.size) for a in free)
         raise ShardingError(
             f"{claim.parameter} cannot be cut over {program.degree} ranks",
@@ -186,7 +198,7 @@ def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[Atom, int]
             help=f"use a degree of {', '.join(map(str, legal[:12]))}" + (", ..." if len(legal) > 12 else ""),
         )
     if claim.by is not None:
-        sizes = [free[i].size for i, _ in chosen]
+        sizes = [math.prod(free[i].size for i in group) for group, _ in chosen]
         if claim.by not in {sizes[0], math.prod(sizes), math.prod(a.size for a in free)}:
             raise ShardingError(
                 f"the spec says {claim.by} units, the graph shows {sizes[0]}",
@@ -194,33 +206,41 @@ def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[Atom, int]
                 why=f"{claim.parameter} is used as {' x '.join(str(a.size) for a in everything)}",
                 help=f"write `by {sizes[0]}`, or leave `by` out: the count is read off the graph",
             )
-    return [(free[i], over) for i, over in chosen]
+    return [(tuple(free[i] for i in group), over) for group, over in chosen]
 
 
-def divide(sizes: Sequence[int], degree: int) -> list[tuple[int, int]] | None:
-    """Which of the nested index sizes to cut over how many ranks: ``[(index, ranks)]``, or None.
+def _neighbours(term: Term, outer: Atom, inner: Atom) -> bool:
+    """Whether the two atoms stand side by side in a row-major product."""
+    inside = [find(f) for f in factors(term)]
+    return any(a is outer and b is inner for a, b in zip(inside, inside[1:], strict=False))
+
+
+def divide(sizes: Sequence[int], degree: int, nested: bool = False) -> list[tuple[tuple[int, ...], int]] | None:
+    """Which of the index sizes, outermost first, to cut over how many ranks: ``[(indices cut as one, ranks)]``, or None.
 
     Even cuts first: the outermost index alone, then the outermost by its common divisor with the degree and the next
-    one by the rest (kv heads below the degree: 4 = 2 * 2). Else an uneven cut of one index, outermost first.
+    one by the rest (kv heads below the degree: 4 = 2 * 2). Else an uneven cut: of the outermost index, if it has a
+    place for every rank, of the two outermost as one, where they are ``nested`` neighbours (9 heads on 3 kv heads over 4
+    ranks: 3, 2, 2, 2), or of the second.
     """
-    if degree == 1:
-        return [(0, 1)]
-    for i, n in enumerate(sizes[:1]):
-        if n % degree == 0:
-            return [(i, degree)]
+    if degree == 1 or sizes[0] % degree == 0:
+        return [((0,), degree)]
     if len(sizes) > 1:
         common = math.gcd(sizes[0], degree)
         if sizes[1] % (degree // common) == 0:
-            return [(1, degree)] if common == 1 else [(0, common), (1, degree // common)]
-    for i, n in enumerate(sizes[:2]):
-        if n >= degree:
-            return [(i, degree)]
+            return [((1,), degree)] if common == 1 else [((0,), common), ((1,), degree // common)]
+    if sizes[0] >= degree:
+        return [((0,), degree)]
+    if len(sizes) > 1 and nested and sizes[0] * sizes[1] >= degree:
+        return [((0, 1), degree)]
+    if len(sizes) > 1 and sizes[1] >= degree:
+        return [((1,), degree)]
     return None
 
 
-def _mesh(degree: int, plan: dict[int, tuple[Atom, int, int]]) -> Mesh:
+def _mesh(degree: int, plan: Sequence[_Planned]) -> Mesh:
     """The coarsest grid whose axes every cut is a run of."""
-    marks = sorted({m for _, before, over in plan.values() for m in (before, before * over)} | {1, degree})
+    marks = sorted({m for p in plan for m in (p.before, p.before * p.over)} | {1, degree})
     for low, high in zip(marks, marks[1:], strict=False):
         if high % low:
             raise ShardingError(
@@ -236,19 +256,27 @@ def _axes_between(mesh: Mesh, low: int, high: int) -> tuple[int, ...]:
     return tuple(a for a in mesh.axes if low <= before[a] < high)
 
 
-def _layouts(
-    program: Program, cut_axes: dict[int, tuple[int, ...]], whole: frozenset[str]
-) -> dict[str, tuple[Layout, ...]]:
+def _layouts(program: Program, cuts: Sequence[Cut], whole: frozenset[str]) -> dict[str, tuple[Layout, ...]]:
     structure = program.structure
     assert structure is not None
+    alone = {id(c.atoms[0]): c.axes for c in cuts if len(c.atoms) == 1}
+    pairs = {(id(c.atoms[0]), id(c.atoms[1])): c.axes for c in cuts if len(c.atoms) == 2}
 
     def layout(term: Term) -> Layout:
         term = find(term)
         match term:
             case Atom():
-                return Leaf(term.size, cut_axes.get(id(term), ()))
+                return Leaf(term.size, alone.get(id(term), ()))
             case Prod():
-                return product(layout(f) for f in factors(term))
+                found: list[Layout] = []
+                inner = [find(f) for f in factors(term)]
+                while inner:
+                    first = inner.pop(0)
+                    if inner and (over := pairs.get((id(first), id(inner[0])))) is not None:
+                        found.append(Leaf(size(first) * size(inner.pop(0)), over))
+                    else:
+                        found.append(layout(first))
+                return product(found)
             case Cat():
                 return concat(layout(p) for p in segments(term))
 

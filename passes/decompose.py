@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 def decompose(program: Program) -> Program:
     """Write out the ops of :data:`DECOMPOSITIONS` whose whole axis is cut."""
-    cut = {id(c.atom) for c in program.cuts}
+    cut = {id(a) for c in program.cuts for a in c.atoms}
     if not cut:
         return program
     module, graph = copy_graph(program.graph_module)

@@ -85,9 +85,10 @@ def letter_of(node: torch.fx.Node, letters: Mapping[torch.fx.Node, str]) -> str:
         shapes = tuple(tuple(x.meta["val"].shape) for x in operands)
         results = (tuple(node.meta["val"].shape),) if "val" in node.meta else shapes[:1]
         linear = rule.sentence(Call(node, operands, shapes, results, int)).linear
-        joint = linear == "joint" and set(given) == {"P"}
         alone = given.count("P") == 1 and not set(given) - {"P", "H", NONE}
-        if not joint and not (alone and (linear == "each" or (linear != "joint" and given.index("P") in (linear or ())))):
+        if isinstance(linear, frozenset):
+            linear = "each" if given.index("P") in linear else None
+        if not (set(given) == {"P"} if linear == "joint" else linear == "each" and alone):
             raise IllTyped(f"{op_name(node)} is not linear in a partial sum")
         return "P"
     return "S" if "S" in known else "H"  # S: each rank has a value and a gradient of its own
@@ -174,16 +175,20 @@ class Case:
         yield from different("the value", result == "P", ys, zs)
         if not ys[0].requires_grad:
             return
-        cotangents = Given(tuple(tuple(y.shape) for y in ys)).draw({"R": "R", "P": "R"}.get(result, "S"), self.ranks, 99)
+        alike = "R" if result in "RP" else "S"
+        cotangents = Given(tuple(tuple(y.shape) for y in ys)).draw(alike, self.ranks, 99)
         for outputs in (ys, zs):
-            torch.autograd.backward([y for y in outputs if y.requires_grad], cotangents[: len(outputs)])
+            given = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if y.requires_grad]
+            torch.autograd.backward([y for y, _ in given], [g for _, g in given])
         for name in xs:
             if self.sample[name].dtype.is_floating_point:
                 expected, got = ([x.grad for x in leaves[name]] for leaves in (xs, ws))
                 yield from different(f"the gradient of {name}", self.states[name] == "H", expected, got)
 
 
-def different(what: str, partial: bool, expected: Sequence[Tensor | None], got: Sequence[Tensor | None]) -> Iterator[str]:
+def different(
+    what: str, partial: bool, expected: Sequence[Tensor | None], got: Sequence[Tensor | None]
+) -> Iterator[str]:
     """Compare on each rank; what is partial, in its sum over the ranks."""
     if any((a is None) != (b is None) for a, b in zip(expected, got, strict=True)):
         yield f"{what} is missing"

@@ -21,7 +21,7 @@ from tpcompile.program import Program
 aten = torch.ops.aten
 all_gather, all_reduce, copy, cut, gather, leave, once, reduce_scatter, scatter = (
     leaf(getattr(collectives, name))
-    for name in "all_gather all_reduce copy cut gather leave once reduce_scatter scatter".split()
+    for name in ("all_gather", "all_reduce", "copy", "cut", "gather", "leave", "once", "reduce_scatter", "scatter")
 )
 
 MEET = Pattern(
@@ -42,7 +42,7 @@ def graph_of(function: Any, **values: Any) -> torch.fx.Graph:
     root, made = write(graph, function, nodes)
     for node in made:
         first = node.args[0]
-        node.meta |= dict(cast("torch.fx.Node", first).meta) if isinstance(first, torch.fx.Node) else {}
+        node.meta |= dict(first.meta) if isinstance(first, torch.fx.Node) else {}
     graph.output(root)
     return graph
 
@@ -227,7 +227,11 @@ TRUE = {
         CUT,
     ),
     "f commutes with what is replicated": (
-        Pattern("", lambda x, group: copy(aten.relu.default(x), group), lambda x, group: aten.relu.default(copy(x, group))),
+        Pattern(
+            "",
+            lambda x, group: copy(aten.relu.default(x), group),
+            lambda x, group: aten.relu.default(copy(x, group)),
+        ),
         {"x": Given((3, 4)), "group": "tp"},
     ),
 }
@@ -302,7 +306,11 @@ FALSE = {
         "the gradient of x on rank 0 differs",
     ),
     "the same value, no gradient": (
-        Pattern("", lambda x, group: copy(x, group), lambda x, group: copy(aten.detach.default(x), group)),
+        Pattern(
+            "",
+            lambda x, group: copy(aten.neg.default(x), group),
+            lambda x, group: copy(aten.detach.default(aten.neg.default(x)), group),
+        ),
         {"x": Given((3, 4)), "group": "tp"},
         "the gradient of x is missing",
     ),

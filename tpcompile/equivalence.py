@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,10 +109,12 @@ def verify_program(
     wide = [_widened(x) for x in flat]
     try:
         native = _simulate(program, program.graph_module, flat, torch.Tensor.detach)
-        exact = _simulate(program, widen(program.graph_module), wide, _widened)
+        widened = widen(program.graph_module)
+        exact = _simulate(program, widened, wide, _widened)
     except _Failure as failure:
         timings = {**program.timings, "compare": time.perf_counter() - start}
-        return Report(False, *[math.inf] * 4, False, str(failure), program.collectives, timings)
+        infinite = (math.inf, math.inf, math.inf, math.inf)
+        return Report(False, *infinite, False, str(failure), program.collectives, timings)
     native_output, native_gradient = _errors(eager, native)
     reference = _run_graph(program, widen(program.captured.graph_module), wide)
     output_error, gradient_error = _errors(reference, exact)
@@ -120,7 +122,7 @@ def verify_program(
     replicas_equal = exact.replicas_equal and native.replicas_equal
     mismatch = None
     if output_error > tolerance or gradient_error > tolerance or not exact.replicas_equal:
-        mismatch = _first_difference(program, wide, tolerance, reference, exact)
+        mismatch = _first_difference(program, widened, wide, tolerance, reference, exact)
     elif native_output > allowed or native_gradient > allowed:
         mismatch = (
             f"in fp64 the ranks equal the captured graph, but in the model's own precision they differ from the eager "
@@ -168,7 +170,7 @@ def _widened(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def _same_random_numbers() -> Generator[None]:
     """The same generator state for every run, and the caller's state untouched."""
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
@@ -279,10 +281,10 @@ def _simulate(
             outputs = simulation.run(inputs, on_node=watch)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:  # the eager model ran: it is our program
             broken = next(n for n in module.graph.nodes if n not in ran)
-            raise _Failure(f"value {_place(broken)}\n  cannot be computed: {error}") from error
+            raise _Failure(_said("value", broken, f"cannot be computed: {error}")) from error
         try:
             _backward(outputs)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise _Failure(f"the gradients cannot be computed: {error}") from error
     gradients: dict[str, torch.Tensor] = {}
     equal = True
@@ -311,10 +313,15 @@ def _identical(a: Any, b: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------ the first difference
 def _first_difference(
-    program: Program, flat: Sequence[torch.Tensor], tolerance: float, reference: Run, exact: Run
+    program: Program,
+    widened: torch.fx.GraphModule,
+    flat: Sequence[torch.Tensor],
+    tolerance: float,
+    reference: Run,
+    exact: Run,
 ) -> str:
     """Where the ranks first leave the reference: by value going forwards, else by gradient going backwards."""
-    canonical = next(s.program for s in program.history if s.name == "canonicalize")
+    whole = [stage.program for stage in program.history if not stage.program.emitted][-1]  # what emission was made from
     expected: dict[str, torch.Tensor] = {}
 
     def remember(node: torch.fx.Node, value: Any) -> None:
@@ -332,25 +339,25 @@ def _first_difference(
                 if value.requires_grad and not value.is_leaf:
                     value.retain_grad()
 
-    _run_graph(program, widen(canonical.graph_module), flat, remember)
-    _simulate(program, widen(program.graph_module), flat, _widened, see)
+    _run_graph(program, widen(whole.graph_module), flat, remember)
+    _simulate(program, widened, flat, _widened, see)
+    seen = [(node, values) for node, values in seen if node.meta["origin"] in expected]
     for node, values in seen:
-        want = expected.get(node.meta["origin"])
-        error = math.inf if want is None else _value_error(program, node, values, want)
+        error = _value_error(program, node, values, expected[node.meta["origin"]])
         if error > tolerance:
-            return f"value {_place(node)} differs by {error:.1e}"
+            return _said("value", node, f"differs by {error:.1e}")
     for index, (want, got) in enumerate(zip(reference.outputs, exact.outputs, strict=True)):
         error = _errors(Run([want]), Run([got]))[0]
         if error > tolerance:
-            node: Any = program.graph.output_node().args[0][index]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-            return f"output {index}, value {_place(node)} differs by {error:.1e}"
+            outputs: Any = program.graph.output_node().args[0]
+            return _said(f"output {index}, value", outputs[index], f"differs by {error:.1e}")
     scale = largest(g for x in expected.values() if (g := x.grad if x.requires_grad else None) is not None)
     for node, values in reversed(seen):
         want = expected[node.meta["origin"]]
         if want.requires_grad and want.grad is not None and transition_of(node.target) is None:
             error = _gradient_error(program, node, values, want.grad, scale)
             if error > tolerance:
-                return f"gradient of {_place(node)} differs by {error:.1e}"
+                return _said("gradient of", node, f"differs by {error:.1e}")
     errors = gradient_errors(reference.gradients, exact.gradients)
     name = max(errors, key=lambda n: errors[n], default=None)
     if name is not None and errors[name] > tolerance:
@@ -358,8 +365,9 @@ def _first_difference(
     return "ranks disagree on a value that they hold in common"
 
 
-def _place(node: torch.fx.Node) -> str:
-    return f"{node.name}\n{where(node).render()}"
+def _said(what: str, node: torch.fx.Node, how: str) -> str:
+    """One line, then the place in the model."""
+    return f"{what} {node.name} {how}\n{where(node).render()}"
 
 
 def _value_error(program: Program, node: torch.fx.Node, values: list[torch.Tensor], want: torch.Tensor) -> float:
@@ -392,7 +400,7 @@ def _worst_part(
         if len({x.shape for x in parts}) > 1:
             return math.inf
         parts = [torch.stack([parts[m] for m in g]).sum(0) for g in together]
-    floor = max(floor, largest([want]))
+    floor = max(floor, largest([want])) if want.is_floating_point() else floor
     return max(relative_error(shards.cut(want, dims, mesh, r), x, floor) for r, x in enumerate(parts))
 
 

@@ -55,8 +55,7 @@ def _explain_one(program: Program, name: str) -> Iterator[str]:
     if dims is None:
         yield "  is not used in the graph: every rank keeps it whole"
         return
-    cuts = {id(c.atom): c for c in program.cuts}
-    names = {id(c.atom): f"{c.atom.size}/{program.mesh.group_name(c.axes)}" for c in program.cuts}
+    names = {id(a): f"{a.size}/{program.mesh.group_name(c.axes)}" for c in program.cuts for a in c.atoms}
     yield "  index spaces: " + ", ".join(show(t, names) for t in dims)
     for claim in program.claims:
         if claim.parameter == name:
@@ -68,9 +67,10 @@ def _explain_one(program: Program, name: str) -> Iterator[str]:
         shown = f"{list(shapes[0])} on each rank" if len(set(shapes)) == 1 else f"{[list(s) for s in shapes]} by rank"
         yield f"  cut: {shown}"
         for dim, term in enumerate(dims):
-            for atom in atoms(term):
-                if id(atom) in cuts and axes_of(layouts[dim]):
-                    yield from _tie(program, name, dim, cuts[id(atom)])
+            inside = {id(a) for a in atoms(term)} if axes_of(layouts[dim]) else set[int]()
+            found = [c for c in program.cuts if inside & {id(a) for a in c.atoms}]
+            for parameter in dict.fromkeys(c.parameter for c in found):
+                yield from _tie(program, name, dim, [c for c in found if c.parameter == parameter])
         return
     yield from _why_whole(program, name, dims)
 
@@ -80,14 +80,15 @@ def _structure(program: Program) -> Any:
     return program.structure
 
 
-def _tie(program: Program, name: str, dim: int, cut: Cut) -> Iterator[str]:
-    """The path from the parameter to the line that asked for the cut of its axis."""
+def _tie(program: Program, name: str, dim: int, cuts: list[Cut]) -> Iterator[str]:
+    """The path from the parameter to the line that asked for the cut of its axis (or axes, nested)."""
+    cut = cuts[0]
     line = cut.claim.line.where if cut.claim is not None else None
     spot = f"{line.file}:{line.line}" if line is not None else "the plan"
     if cut.parameter == name:
         yield f"  dim {dim} is the axis that {spot} cuts"
         return
-    yield f"  dim {dim} shares its axis of {cut.atom.size} with {cut.parameter}, which {spot} cuts, through:"
+    yield f"  dim {dim} shares its axis of {' * '.join(str(c.size) for c in cuts)} with {cut.parameter}, which {spot} cuts, through:"
     path = _path(program, name, cut)
     for node in path[:LONGEST_PATH]:
         place = where(node)
@@ -105,7 +106,7 @@ def _path(program: Program, name: str, cut: Cut) -> list[torch.fx.Node]:
     carrying = {
         n.name: n
         for n in canonical.graph.nodes
-        if any(a is cut.atom for dims in structure.values.get(n.name, ()) for t in dims for a in atoms(t))
+        if any(a is cut.atoms[0] for dims in structure.values.get(n.name, ()) for t in dims for a in atoms(t))
     }
     network: Any = nx.Graph()
     for node in carrying.values():

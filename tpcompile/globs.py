@@ -45,7 +45,7 @@ _Row = tuple[tuple[str, ...], ...]  # per component its alternatives
 
 
 def _merge(rows: Sequence[_Row], position: int) -> list[_Row]:
-    """Rows that differ in one component only become one, if that component is a number, the last, or above a number.
+    """Rows that differ in one component become one, if that is a number, the last, the first, or above a number.
 
     Different parts of one block (``*.attn.c_proj`` and ``*.mlp.c_proj``) keep a line each.
     """
@@ -57,7 +57,7 @@ def _merge(rows: Sequence[_Row], position: int) -> list[_Row]:
             continue
         below = row[index + 1 :]
         numbers = all(name.isdigit() for name in row[index])
-        free = not below or numbers or any(part == (_STAR,) or part[0].isdigit() for part in below)
+        free = not below or not index or numbers or any(part == (_STAR,) or part[0].isdigit() for part in below)
         key = (index, numbers, row[:index], below) if free else row
         found.setdefault(key, []).append(row)
     merged: list[_Row] = []

@@ -130,7 +130,8 @@ class Inliner:
         if tensor is None:
             tensor = _own_attribute(self.model, name)
             if tensor is None:
-                name, tensor = f"_lifted.{len(self.constants)}", self.trace.program.constants[target]
+                count = sum(known.startswith("_lifted.") for known in self.constants)
+                name, tensor = f"_lifted.{count}", self.trace.program.constants[target]
             if not isinstance(tensor, torch.Tensor) or (isinstance(tensor, FakeTensor) and name.startswith("_lifted.")):
                 raise CaptureError(
                     f"{type(self.model).__name__} cannot be captured: a tensor in its forward escapes the trace",

@@ -65,7 +65,7 @@ def take(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
     """The listed runs of ``dim``, one after the other (a view when there is one run)."""
     if len(runs) == 1:
         return x.narrow(dim, *runs[0])
-    return torch.cat([x.narrow(dim, start, length) for start, length in runs], dim)
+    return torch.cat([x.narrow(dim, start, length) for start, length in runs or ((0, 0),)], dim)
 
 
 def dropout_part(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
@@ -24,8 +25,9 @@ import torch.fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 from torch.overrides import TorchFunctionMode
 
+from tpcompile.collectives import transition_of
 from tpcompile.per_rank import PerRank
-from tpcompile.placement import Placement, solve
+from tpcompile.placement import Placement, PlacementError, solve
 from tpcompile.program import Program
 from tpcompile.rules import RULES, op_name
 from tpcompile.sentence import is_tensor
@@ -146,7 +148,7 @@ def write(
     writer = _Writer(graph)
     proxies = torch.fx.map_arg(dict(values), lambda n: Proxy(n, writer))  # pyright: ignore[reportArgumentType]
     with _Written(writer):
-        result = function(**cast("dict[str, Any]", proxies))
+        result = function(**proxies)
     return result.node, writer.made
 
 
@@ -250,9 +252,10 @@ def rewrite(
     for pattern in patterns:
         by_target.setdefault(_traced(pattern.before).target, []).append(pattern)
     gone: set[torch.fx.Node] = set()
-    count = -1
+    count, sweeps = -1, len(graph.nodes)
     while count != len(gone):
-        count = len(gone)
+        count, sweeps = len(gone), sweeps - 1
+        assert sweeps >= 0, "what a pattern writes is matched again, without end"
         for node in list(graph.nodes):
             for pattern in by_target.get(node.target, ()) if node.op == "call_function" and node not in gone else ():
                 found = match(pattern, node)
@@ -288,17 +291,21 @@ def _describe(made: torch.fx.Node, root: torch.fx.Node, last: bool, program: Pro
     made.meta = dict(root.meta)
     if last:
         return
+    made.meta.pop("placement", None)
+    if transition_of(made.target) is not None:  # the whole value stays what it is
+        made.meta["val"] = made.all_input_nodes[0].meta["val"]
+        return
     args, kwargs = torch.fx.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
     with torch.no_grad():
         made.meta["val"] = cast("Callable[..., Any]", made.target)(*args, **cast("dict[str, Any]", kwargs))
-    made.meta.pop("placement", None)
     rule = RULES.get(op_name(made))
     if is_tensor(made) and rule is not None:
         call = program.call(made)
         placed = [x.meta.get("placement") for x in call.operands]
         ins = [p for p in placed if isinstance(p, Placement)]
         if len(ins) == len(placed):
-            made.meta["placement"] = solve(rule.sentence(call), ins, program.mesh, keep=True).results[0]
+            with suppress(ValueError, PlacementError):  # the rule has no sentence for this form of the op
+                made.meta["placement"] = solve(rule.sentence(call), ins, program.mesh, keep=True).results[0]
 
 
 __all__ = ["Match", "Pattern", "explain", "leaf", "match", "rewrite", "write"]

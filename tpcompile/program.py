@@ -6,6 +6,7 @@ is the model's own and the decisions are tables beside it; after ``emit`` the gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,21 @@ class Structure:
 
 @dataclass(frozen=True)
 class Cut:
-    """One atom cut over mesh ``axes``; ``parameter`` and ``dim`` say where it was first asked for, ``claim`` by which line."""
+    """An index space cut over mesh ``axes``; ``parameter`` and ``claim`` say where and by which line it was asked for.
 
-    atom: Atom
+    ``atoms`` is usually one. Two neighbours are cut as their product (kv heads and the repeats of each, where neither
+    alone has a place for every rank): what has only one of them stays whole.
+    """
+
+    atoms: tuple[Atom, ...]
     axes: tuple[int, ...]
     parameter: str
-    dim: int
     claim: Claim | None
+
+    @property
+    def size(self) -> int:
+        """Positions of the index space."""
+        return math.prod(a.size for a in self.atoms)
 
 
 @dataclass(frozen=True)

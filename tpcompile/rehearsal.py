@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ import torch.utils._pytree as pytree
 import tpcompile
 from tpcompile.cli import example_inputs, load
 from tpcompile.collectives import group_device, resolve_group
-from tpcompile.errors import TpcompileError
+from tpcompile.compare import cotangents, differentiable, gradient_errors, relative_error
 
 
 @dataclass(frozen=True)
@@ -77,39 +77,11 @@ def _rehearse(model: str, spec: str | None) -> Rehearsed:
 
 
 def backward(output: object) -> Sequence[torch.Tensor]:
-    """The differentiable leaves of an output, after a backward pass from all of them with fixed random cotangents."""
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if not leaves:
-        what = "no output of the model depends on a parameter that requires a gradient"
-        raise TpcompileError(what, why="there would be nothing to compare", help="see what `tpcompile verify` says")
-    generator = torch.Generator().manual_seed(0)
-    cotangents = [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in leaves]
-    torch.autograd.backward(leaves, cotangents)
-    return [leaf.detach() for leaf in leaves]
+    """The differentiable leaves of an output, after a backward pass from all of them with fixed random cotangents.
 
-
-def relative_error(expected: torch.Tensor, got: torch.Tensor, floor: float = 0.0) -> float:
-    """The largest difference over the largest expected value, or over ``floor`` if that is larger."""
-    if expected.shape != got.shape:
-        return float("inf")
-    scale = max(largest([expected]), floor, torch.finfo(expected.dtype).tiny)
-    error = largest([expected - got]) / scale
-    return error if error == error else float("inf")
-
-
-def gradient_errors(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
-    """The relative error of each gradient; one that is missing is infinitely wrong.
-
-    A gradient that is zero but for rounding (the bias of attention's keys) has no digits of its own: below 1% of the
-    largest gradient of the model errors are measured against that 1%.
+    Raises:
+        TpcompileError: there is none.
     """
-    floor = largest(expected.values()) / 100
-    return {
-        name: relative_error(gradient, got[name], floor) if name in got else float("inf")
-        for name, gradient in expected.items()
-    }
-
-
-def largest(tensors: Iterable[torch.Tensor]) -> float:
-    """The largest absolute value in the tensors; 0 if there are none."""
-    return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
+    leaves = differentiable(output)
+    torch.autograd.backward(leaves, cotangents(leaves))
+    return [leaf.detach() for leaf in leaves]
