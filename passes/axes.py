@@ -15,6 +15,7 @@ import torch.fx
 
 from tpcompile.errors import ShardingError, Where
 from tpcompile.layout import Layout, Leaf, Mesh, axes_of, concat, product
+from tpcompile.passes.decompose import DECOMPOSITIONS
 from tpcompile.program import Cut, Program, where
 from tpcompile.rules import RULES, op_name
 from tpcompile.sentence import Sentence
@@ -176,8 +177,9 @@ def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[tuple[Atom
     """Atoms of ``term`` to cut and over how many ranks each, outermost first; they multiply to the degree."""
     everything = candidates(term)
     free = everything if claim.word == "vocab" else [a for a in everything if not a.pins]
+    free = free or [a for a in everything if all(op_name(p.node) in DECOMPOSITIONS for p in a.pins)]
     if not free:
-        pin = next((p for a in everything for p in a.pins), None)
+        pin = next((p for a in everything for p in a.pins if op_name(p.node) not in DECOMPOSITIONS), None)
         raise ShardingError(
             f"{claim.parameter} cannot be cut `{claim.word}`: the axis of {' * '.join(str(a.size) for a in everything)} "
             "positions meets an op that needs it whole",

@@ -62,7 +62,8 @@ def test_every_parameter_gets_the_eager_gradient(name: str, layers: int, trainin
         assert got.keys() == wanted.keys()
         for parameter, gradient in got.items():
             mine = shards.cut(wanted[parameter], program.parameters[parameter], program.mesh, rank)
-            torch.testing.assert_close(gradient, mine, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=parameter: f"{n}: {m}")
+            error = float((gradient - mine).abs().max())
+            assert error <= 1e-4 * float(mine.abs().max()) + 1e-5 * scale, parameter
 
 
 @every_degree

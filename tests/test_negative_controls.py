@@ -6,7 +6,7 @@ another group; each constant that emission made local is given back its whole va
 
 from __future__ import annotations
 
-import math
+import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from tpcompile import collectives
-from tpcompile.collectives import TRANSITIONS, transition_of
+from tpcompile.collectives import transition_of
 from tpcompile.equivalence import Report, verify_program
 from tpcompile.per_rank import PerRank
 from tpcompile.program import Program, copy_graph
@@ -46,7 +46,7 @@ class Mutant:
         return f"{self.node}: {self.what}"
 
 
-# -------------------------------------------------------------------------------------------- what is done to a transition
+# ----------------------------------------------------------------------------------------- what is done to a transition
 SWAPS = {
     "copy": ("leave", "all_reduce", "once"),
     "leave": ("copy",),
@@ -73,23 +73,14 @@ def delete(graph: fx.Graph, node: fx.Node) -> None:
 def double(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         first = graph.node_copy(node)
-        first.name = f"first_{node.name}"
-        if node.target is collectives.copy_all:
-            xs = [graph.call_function(lambda ys, i=i: ys[i], (first,)) for i in range(len(node.args[0]))]  # type: ignore[arg-type]
-            node.update_arg(0, xs)
-        else:
-            node.update_arg(0, first)
-    for made in (n for n in graph.nodes if n.name not in {node.name} and "origin" in n.meta and n is first):
-        made.meta = {k: v for k, v in made.meta.items() if k not in ("origin", "placement")}
+        xs = node.args[0]
+        if isinstance(xs, (list, tuple)):
+            first = [graph.call_function(operator.getitem, (first, index)) for index in range(len(xs))]
+    node.update_arg(0, first)
 
 
 def swap(name: str) -> Edit:
-    def edit(graph: fx.Graph, node: fx.Node) -> None:
-        wanted, given = TRANSITIONS[name], TRANSITIONS[node.target.__name__]  # type: ignore[union-attr]
-        node.target = getattr(collectives, wanted.name)
-        assert given is not wanted
-
-    return edit
+    return lambda graph, node: setattr(node, "target", getattr(collectives, name))
 
 
 def without(index: int) -> Edit:
@@ -138,7 +129,7 @@ def every_rank(value: Any, change: Callable[[Any], Any]) -> Any:
     return PerRank(tuple(map(change, value.values))) if isinstance(value, PerRank) else change(value)
 
 
-# ------------------------------------------------------------------------------------------------ what is done to a constant
+# ------------------------------------------------------------------------------------------- what is done to a constant
 def of_constants(program: Program, node: fx.Node, before: fx.Node | None) -> Iterator[Mutant]:
     """Mutants of the constants of ``node`` that are not those of the canonical graph's node ``before``."""
     leaves, _ = pytree.tree_flatten(node.args)
@@ -170,12 +161,103 @@ def leaf_set(at: int, value: Any) -> Edit:
 
 
 def mutants(program: Program) -> Iterator[Mutant]:
-    canonical = next(s.program for s in program.history if s.name == "canonicalize").graph
-    before = {n.name: n for n in canonical.nodes}
+    """Every mutant of an emitted program, in program order."""
+    whole = [stage.program for stage in program.history if not stage.program.emitted][-1]
+    before = {n.name: n for n in whole.graph.nodes}
     for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
         if transition_of(node.target) is not None:
             yield from of_transition(program, node)
-        else:
+        elif node.op == "call_function":
             yield from of_constants(program, node, before.get(node.name))
+
+
+# ----------------------------------------------------------------------------------------- what must become of a mutant
+EQUIVALENT = {
+    "llama_few_kv": {
+        r"cut(_\d)?: (over tp0|parts turned)": "the heads that it cuts are copies of one kv head, and so are gradients",
+    },
+    "falcon_mqa": {
+        r"slice_4: argument 3 whole again": "-2 counts from the end, whatever the length",
+        r"slice_tensor_1: argument 3 .*": "the last slice: one that ends behind the dim ends with it",
+    },
+    "t5": {
+        r"cut: (swapped for (scatter|reduce_scatter)|parts turned)": (
+            "a mask: it has no gradient, is the same for every head, and sums of 0 and -inf are 0 and -inf"
+        ),
+    },
+}
+"""Mutants that compute the same, by program: a pattern of their names, and why no check can tell them apart."""
+
+
+def described(mutant: Mutant, report: Report) -> str:
+    return f"{mutant} -> {(report.mismatch or 'ok').splitlines()[0]}"
+
+
+def near(program: Program, mutant: Mutant, report: Report) -> bool:
+    """Whether the report names the mutated node, what follows soon after it, or, for a gradient, what feeds it."""
+    assert report.mismatch is not None
+    node = next(n for n in program.graph.nodes if n.name == mutant.node)
+    if report.mismatch.startswith("the gradients cannot be computed: "):
+        return node.name in report.mismatch or transition_of(node.target) is not None
+    named = re.match(r"(output \d+, value|value|gradient of) (\w+) (differs|cannot be computed)", report.mismatch)
+    assert named is not None, report.mismatch
+    assert re.search(r"^  in \S+", report.mismatch, re.MULTILINE), "the module is not named"
+    found = {node}
+    for _ in range(3):
+        if named[1] == "gradient of":
+            found |= {x for n in found for x in n.all_input_nodes if n is node or transition_of(n.target) is not None}
+        else:
+            found |= {user for n in found for user in n.users}
+    if named[1].startswith("output"):
+        found |= set(node.all_input_nodes)
+    return named[2] in {n.name for n in found}
+
+
+@pytest.mark.parametrize(("name", "degree"), PROGRAMS)
+def test_every_mutant_is_caught_and_its_place_is_named(name: str, degree: int) -> None:
+    case, program = zoo.case(name, layers=1), zoo.program(name, degree, layers=1)
+    assert verify_program(program, case.model, case.inputs).ok
+    patterns = EQUIVALENT.get(name, {})
+    used: set[str] = set()
+    survivors: list[str] = []
+    astray: list[str] = []
+    for mutant in mutants(program):
+        report = verify_program(mutant.program(program), case.model, case.inputs)
+        equal = [pattern for pattern in patterns if re.fullmatch(pattern, str(mutant))]
+        used |= set(equal)
+        if report.ok != bool(equal):
+            survivors.append(described(mutant, report))
+        elif not report.ok and not near(program, mutant, report):
+            astray.append(described(mutant, report))
+    assert survivors == []
+    assert astray == []
+    assert used == set(patterns), "a mutant in EQUIVALENT is not made any more"
+
+
+def test_all_transitions_that_models_use_are_mutated() -> None:
+    """The programs hold the transitions that this file means to break; each can be made wrong in three ways or more."""
+    seen: dict[str, set[str]] = {}
+    for name, degree in PROGRAMS:
+        program = zoo.program(name, degree, layers=1)
+        nodes = {n.name: n for n in program.graph.nodes}
+        for mutant in mutants(program):
+            transition = transition_of(nodes[mutant.node].target)
+            seen.setdefault("constants" if transition is None else transition.name, set()).add(mutant.what)
+    assert seen.keys() >= {"copy", "all_reduce", "gather", "cut", "copy_segments", "constants"}
+    assert min(map(len, seen.values())) >= 3
+
+
+def test_a_gradient_that_only_one_rank_gets_wrong_is_caught() -> None:
+    """Replicas are compared with one another, and every rank with the reference."""
+    case, program = zoo.case("mlp"), zoo.program("mlp", 3)
+    module, graph = copy_graph(program.graph_module)
+    node = next(n for n in graph.nodes if n.target is torch.ops.aten.gelu.default)
+    factor: Any = PerRank((1.0, 1.0, 1.0 + 1e-6))
+    with graph.inserting_after(node):
+        scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    report = verify_program(program.with_(graph_module=module), case.model, case.inputs)
+    assert not report.ok
+    assert 1e-10 < report.output_error < 1e-5
+    assert report.mismatch is not None
+    assert "all_reduce" in report.mismatch.splitlines()[0] or "linear" in report.mismatch.splitlines()[0]

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def _source() -> Inputs:
     return {"src": torch.randn(BATCH, LENGTH, WIDTH)}
 
 
-def _transformers(kind: str, layers: str = "num_hidden_layers", **config: Any) -> Callable[[int], nn.Module]:
+def _transformers(kind: str, layers: str = "num_hidden_layers", /, **config: Any) -> Callable[[int], nn.Module]:
     """A builder of the transformers class ``kind``; its config is the class's own, made small."""
 
     def build(count: int) -> nn.Module:
@@ -124,9 +124,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, d = x.shape
-        q, k, v = (
-            part.view(b, s, self.heads, d // self.heads).transpose(1, 2) for part in self.c_attn(x).split(d, dim=2)
-        )
+        parts = self.c_attn(x).split(d, dim=2)
+        q, k, v = (part.view(b, s, self.heads, d // self.heads).transpose(1, 2) for part in parts)
         scores = (q @ k.transpose(-2, -1)) / math.sqrt(k.size(-1))
         weights = scores.masked_fill(~self.allowed[:s, :s], float("-inf")).softmax(-1)
         y = self.drop_weights(weights) @ v
@@ -155,31 +154,33 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Transformer(nn.Module):
+    def __init__(self, sizes: GPTSizes):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(sizes.vocabulary, sizes.width), nn.Embedding(sizes.context, sizes.width)
+        self.drop = nn.Dropout(sizes.dropout)
+        self.h = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
+        self.ln_f = nn.LayerNorm(sizes.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.drop(self.wte(ids) + self.wpe(torch.arange(ids.size(1), device=ids.device)))
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+
 class GPT(nn.Module):
     def __init__(self, sizes: GPTSizes):
         super().__init__()
         self.context = sizes.context
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(sizes.vocabulary, sizes.width),
-                "wpe": nn.Embedding(sizes.context, sizes.width),
-                "drop": nn.Dropout(sizes.dropout),
-                "h": nn.ModuleList(Block(sizes) for _ in range(sizes.layers)),
-                "ln_f": nn.LayerNorm(sizes.width),
-            }
-        )
+        self.transformer = Transformer(sizes)
         self.lm_head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
-        self.transformer["wte"].weight = self.lm_head.weight
+        self.transformer.wte.weight = self.lm_head.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
         length = input_ids.size(1)
         assert length <= self.context, f"cannot forward {length} tokens: the context is {self.context}"
-        part = self.transformer
-        positions = torch.arange(length, device=input_ids.device)
-        x = part["drop"](part["wte"](input_ids) + part["wpe"](positions))
-        for block in part["h"]:  # pyright: ignore[reportGeneralTypeIssues]
-            x = block(x)
-        return self.lm_head(part["ln_f"](x))
+        return self.lm_head(self.transformer(input_ids))
 
 
 class MLP(nn.Module):
@@ -304,7 +305,7 @@ def inputs(name: str) -> Inputs:
         return MODELS[name].inputs()
 
 
-@lru_cache(maxsize=None)
+@cache
 def case(name: str, layers: int = 2, training: bool = False) -> Case:
     """The model ``name``, captured once."""
     model, given, text = build(name, layers, training), inputs(name), MODELS[name].spec
@@ -312,7 +313,7 @@ def case(name: str, layers: int = 2, training: bool = False) -> Case:
     return Case(name, model, given, capture(model, (), given), spec)
 
 
-@lru_cache(maxsize=None)
+@cache
 def program(name: str, degree: int, layers: int = 2, training: bool = False) -> Program:
     """The model ``name`` rewritten for ``degree`` ranks."""
     found = case(name, layers, training)
@@ -350,7 +351,8 @@ def step(rewritten: Program, given: Inputs, seed: int = 0) -> Step:
         outputs = simulation.run(flat, recorder=recorder)
         leaves = [differentiable(list(rank)) for rank in outputs]
         torch.autograd.backward([x for own in leaves for x in own], [g for own in leaves for g in cotangents(own)])
-    gradients = [{n: x.grad for n, x in own.items() if n in captured.parameters and x.grad is not None} for own in ranks]
+    names = captured.parameters.keys()
+    gradients = [{n: x.grad for n, x in own.items() if n in names and x.grad is not None} for own in ranks]
     return Step([list(rank) for rank in outputs], gradients, recorder)
 
 

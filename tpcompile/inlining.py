@@ -164,6 +164,8 @@ class Inliner:
                     env[node] = env[node.all_input_nodes[0]][node.args[1]]
                 case _ if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _DROPPED:
                     pass
+                case _ if node.target is torch.ops.aten.detach_.default and _is_fresh(node.all_input_nodes[0]):
+                    env[node] = env[node.all_input_nodes[0]]
                 case _:
                     env[node] = self._call(node, env, regime)
         raise AssertionError("a graph without output")
@@ -366,6 +368,11 @@ def _is_view(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.arguments:
         return False
     return target._schema.arguments[0].alias_info is not None
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether ``node`` is a constant of the code, such as ``torch.tensor([1, 2])``, which has no gradient to detach."""
+    return node.target in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -166,12 +166,13 @@ def _traced(
     tensors = tuple(_example(example) for example in examples)
     with _preserved(model), quiet(), _watched(trace), torch.enable_grad(), tracing(TracingContext(mode)):
         _switch_off_checkpointing(model)
+        _as_buffers(model)
         _fake(model, mode, lambda tensor: tensor.is_meta or isinstance(tensor, FakeTensor))
         before = _public_state(model)
         flat = _Flat(model, rebuild, trace)
         trace.program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
         after = _public_state(model)
-    trace.state = {name for name, held in after.items() if not _identical(held, before.get(name))}
+    trace.state |= {name for name, held in after.items() if not _identical(held, before.get(name))}
     known = trace.dims().keys()
     sizes = (Guard(guard.expr, _location(guard.sloc)) for guard in env.guards if guard.expr.free_symbols <= known)
     trace.guards = tuple(
@@ -191,7 +192,10 @@ class _Flat(nn.Module):
 
     def forward(self, *flat: torch.Tensor) -> tuple[Any, ...]:
         args, kwargs = self._rebuild(flat)
+        buffers = [(path, module, dict(module._buffers)) for path, module in self.wrapped.named_modules()]
         leaves, self._trace.out_spec = flattened(self.wrapped(*args, **kwargs))
+        for path, module, before in buffers:
+            self._write_back(path, module, before)
         for leaf in leaves:
             if not isinstance(leaf, _Traceable | PLAIN):
                 raise CaptureError(
@@ -202,6 +206,19 @@ class _Flat(nn.Module):
                 )
         self._trace.outputs = [TRACED if isinstance(leaf, _Traceable) else leaf for leaf in leaves]
         return tuple(leaf for leaf in leaves if isinstance(leaf, _Traceable))
+
+    def _write_back(self, path: str, module: nn.Module, before: dict[str, torch.Tensor | None]) -> None:
+        """Turn ``self.buffer = value``, which torch.export forgets, into a write to the buffer."""
+        for name, now in list(module._buffers.items()):
+            own = before.get(name)
+            if own is now:
+                continue
+            if own is None or now is None or own.shape != now.shape or own.dtype != now.dtype:
+                self._trace.state.add(f"{path}.{name}" if path else name)
+                continue
+            with torch.no_grad():
+                own.copy_(now)
+            module._buffers[name] = own
 
 
 def flattened(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -351,11 +368,20 @@ def _fake(model: nn.Module, mode: FakeTensorMode, which: Callable[[torch.Tensor]
         return memo[id(tensor)]
 
     for module in model.modules():
-        tables: Any = (module._parameters, module._buffers, module.__dict__)
+        tables: list[Any] = [module._parameters, module._buffers]
         for tensors in tables:
-            for name, value in list(tensors.items()):
+            for name, value in tensors.items():
                 if isinstance(value, torch.Tensor) and which(value):
                     tensors[name] = fake(value)
+
+
+def _as_buffers(model: nn.Module) -> None:
+    """Make tensors that modules hold as plain attributes buffers, which are faked: a trace writes to real ones."""
+    for module in model.modules():
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, torch.Tensor):
+                del module.__dict__[name]
+                module._buffers[name] = value
 
 
 def _switch_off_checkpointing(model: nn.Module) -> None:
@@ -599,6 +625,7 @@ def _calls(model: nn.Module, examples: list[torch.Tensor], rebuild: Rebuild) -> 
     log = _CallLog()
     with _preserved(model), quiet(), torch.enable_grad(), _compiling_state_context():
         _switch_off_checkpointing(model)
+        _as_buffers(model)
         _fake(model, mode, lambda tensor: True)
         args, kwargs = rebuild([mode.from_tensor(_example(example)) for example in examples])
         try:
@@ -636,7 +663,8 @@ def _line(file: str, number: int) -> Where:
 
 def _pick(frames: Sequence[tuple[str, int]]) -> Where | None:
     """The line that a reader of the model wants, of ``(file, line)`` outermost first: the innermost outside torch."""
-    best = [frame for frame in frames if not frame[0].startswith(_TORCH) and os.path.isabs(frame[0])]
+    frames = [frame for frame in frames if frame[0] != _HERE and os.path.isabs(frame[0])]
+    best = [frame for frame in frames if not frame[0].startswith(_TORCH)]
     best = best or [frame for frame in frames if frame[0].startswith(_TORCH_MODULES)]
     return _line(*best[-1]) if best else None
 

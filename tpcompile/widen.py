@@ -17,6 +17,8 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
+from tpcompile.sentence import argument
+
 WIDE = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -59,6 +61,10 @@ def widen_graph(graph: fx.Graph) -> fx.Graph:
         if node.op == "call_function":
             copied.args = map_aggregate(copied.args, _wide_dtype)
             copied.kwargs = map_aggregate(copied.kwargs, _wide_dtype)
+            if copied.target is torch.ops.aten.rms_norm.default and argument(node, "eps") is None:
+                # its default follows the dtype: keep that of the narrow one
+                copied.kwargs = {**copied.kwargs, "eps": torch.finfo(node.meta["val"].dtype).eps}
+                copied.args = copied.args[:3]
             if _is_narrow(node.meta.get("val")) and not any(
                 _is_floating(n.meta.get("val")) for n in node.all_input_nodes
             ):
