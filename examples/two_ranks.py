@@ -1,6 +1,6 @@
 """A small GPT-2 trained for a few steps on every rank torchrun starts, beside the same model on one device.
 
-    torchrun --nproc-per-node 2 examples/two_ranks.py
+torchrun --nproc-per-node 2 examples/two_ranks.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ heads, segments) is read off the structure; everything else that shares the atom
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[tuple[Atom
 def _neighbours(term: Term, outer: Atom, inner: Atom) -> bool:
     """Whether the two atoms stand side by side in a row-major product."""
     inside = [find(f) for f in factors(term)]
-    return any(a is outer and b is inner for a, b in zip(inside, inside[1:], strict=False))
+    return any(a is outer and b is inner for a, b in itertools.pairwise(inside))
 
 
 def divide(sizes: Sequence[int], degree: int, nested: bool = False) -> list[tuple[tuple[int, ...], int]] | None:
@@ -243,14 +244,14 @@ def divide(sizes: Sequence[int], degree: int, nested: bool = False) -> list[tupl
 def _mesh(degree: int, plan: Sequence[_Planned]) -> Mesh:
     """The coarsest grid whose axes every cut is a run of."""
     marks = sorted({m for p in plan for m in (p.before, p.before * p.over)} | {1, degree})
-    for low, high in zip(marks, marks[1:], strict=False):
+    for low, high in itertools.pairwise(marks):
         if high % low:
             raise ShardingError(
                 f"the cuts ask for factors {low} and {high} of {degree} ranks at once",
                 why="head counts of different blocks factor the degree in ways that do not nest",
                 help="use another degree, or `replicate` one of the blocks",
             )
-    return Mesh(tuple(high // low for low, high in zip(marks, marks[1:], strict=False)) or (degree,))
+    return Mesh(tuple(high // low for low, high in itertools.pairwise(marks)) or (degree,))
 
 
 def _axes_between(mesh: Mesh, low: int, high: int) -> tuple[int, ...]:
@@ -305,7 +306,7 @@ def _check_rows(
     structure = program.structure
     assert structure is not None
     claimed = {claim.parameter for claim, _, _ in wanted}
-    for claim, term, use in rows:
+    for claim, term, _ in rows:
         space = atoms(term)
         if any(id(a) in cut for a in space):
             continue
@@ -335,7 +336,7 @@ def _check_rows(
 
 def _line(claim: Claim) -> str:
     place = claim.line.where
-    return f"{place.file}:{place.line}" if place is not None else claim.word
+    return f"{place.file}:{place.line}"
 
 
 __all__ = ["Use", "axes", "candidates", "divide", "uses_of"]

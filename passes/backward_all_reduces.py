@@ -15,9 +15,9 @@ from typing import Any
 import networkx as nx
 import torch.fx
 
+from tpcompile.passes.place import needs_grad, place
 from tpcompile.placement import Placement
 from tpcompile.program import Program
-from tpcompile.passes.place import needs_grad, place
 
 PARAMETER_DISCOUNT = 1024
 SOURCE, SINK = "complete", "partial"

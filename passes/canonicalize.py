@@ -5,6 +5,8 @@ alias can tell, a pick by constant indices becomes a slice, fused attention with
 out, and ops that do nothing go.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import math
@@ -149,11 +151,7 @@ REWRITES: dict[str, Rewrite] = {
     "aten.scaled_dot_product_attention.default": _attention,
 }
 
-VIEWS = """aten.view.default aten.reshape.default aten.transpose.int aten.permute.default aten.t.default
-aten.slice.Tensor aten.select.int aten.unsqueeze.default aten.squeeze.dim aten.squeeze.dims aten.squeeze.default
-aten.expand.default aten.split.Tensor aten.split_with_sizes.default aten.chunk.default aten.unbind.int
-aten.detach.default aten.alias.default aten.flatten.using_ints aten.unflatten.int aten.contiguous.default
-aten.to.dtype aten.to.dtype_layout aten.to.device aten.type_as.default getitem""".split()
+VIEWS = ["aten.view.default", "aten.reshape.default", "aten.transpose.int", "aten.permute.default", "aten.t.default", "aten.slice.Tensor", "aten.select.int", "aten.unsqueeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default", "aten.expand.default", "aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int", "aten.detach.default", "aten.alias.default", "aten.flatten.using_ints", "aten.unflatten.int", "aten.contiguous.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default", "getitem"]
 
 
 def canonicalize(program: Program) -> Program:

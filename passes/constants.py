@@ -35,9 +35,7 @@ def constants(program: Program) -> Program:
     return program.with_(table=table)
 
 
-def _wanted(
-    program: Program, node: torch.fx.Node, table: Mapping[str, Row], grads: frozenset[str]
-) -> Placement | None:
+def _wanted(program: Program, node: torch.fx.Node, table: Mapping[str, Row], grads: frozenset[str]) -> Placement | None:
     """The placement, cut further than the value's own without communication, in which all users want it."""
     row = table.get(node.name)
     if row is None or len(row.results) != 1 or row.results != row.settled or node.op != "call_function":

@@ -1,8 +1,9 @@
 """Ops that need an axis whole, written out where that axis is cut: statistics travel instead of the value.
 
-Softmax, log-softmax, layer and RMS norms and cross-entropy along a cut axis become maxima, sums and elementwise ops. The
-sums are partial and all-reduced at the size of the statistics: cross-entropy on cut logits costs three all-reduces of
-``[n]`` and no gather of ``[n, vocabulary]`` (Megatron-LM, Shoeybi et al. 2019, section 3). Elsewhere the fused op stays.
+Softmax, log-softmax, layer and RMS norms and cross-entropy along a cut axis become maxima, sums and elementwise ops.
+The sums are partial and all-reduced at the size of the statistics: cross-entropy on cut logits costs three all-reduces
+of ``[n]`` and no gather of ``[n, vocabulary]`` (Megatron-LM, Shoeybi et al. 2019, section 3). Elsewhere the fused op
+stays.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _scaled(site: Site, x: torch.fx.Node, dims: list[int], eps: float) -> torch.
 
 
 def _cross_entropy(site: Site) -> torch.fx.Node | None:
-    """``F.cross_entropy`` with class indices, ``ignore_index`` and label smoothing; class weights are left to a refusal."""
+    """``F.cross_entropy`` with class indices, ``ignore_index`` and label smoothing; class weights are refused later."""
     x, target = site.arg("self"), site.arg("target")
     if site.arg("weight") is not None or target.meta["val"].is_floating_point():
         return None

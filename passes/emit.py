@@ -61,9 +61,7 @@ class _Emitter:
             made = self.graph.node_copy(node, lambda n: self.env[n])
             return self._whole_size(node, made) if op_name(node) == "aten.sym_size.int" else made
         call = self.program.call(node)
-        operands = iter(
-            [self.place(x, want, node) for x, want in zip(call.operands, row.operands, strict=True)]
-        )
+        operands = iter([self.place(x, want, node) for x, want in zip(call.operands, row.operands, strict=True)])
         args, kwargs = self._substitute(node, operands)
         rule = RULES.get(op_name(node))
         if rule is None or not any(axes_of(d) for p in (*row.operands, *row.results) for d in p.dims):
@@ -101,7 +99,9 @@ class _Emitter:
         mine = [len(positions(layout, self.mesh, r)) for r in range(self.mesh.degree)]
         whole = len(positions(drop(layout, self.mesh.axes), self.mesh, 0))
         common = [int(np.gcd(n, whole)) for n in mine]
-        unit = self.graph.call_function(operator.floordiv, (made, per_rank([n // c for n, c in zip(mine, common, strict=True)])))
+        unit = self.graph.call_function(
+            operator.floordiv, (made, per_rank([n // c for n, c in zip(mine, common, strict=True)]))
+        )
         return self.graph.call_function(operator.mul, (unit, per_rank([whole // c for c in common])))
 
     def _describe(self, node: torch.fx.Node, before: torch.fx.Node | None) -> None:
@@ -131,7 +131,9 @@ class _Emitter:
             made = self.place(node, row.settled[0], node)
         self.env[node] = made
 
-    def _copy_segments(self, node: torch.fx.Node, made: torch.fx.Node, dim: int, layout: Layout, axis: int) -> torch.fx.Node:
+    def _copy_segments(
+        self, node: torch.fx.Node, made: torch.fx.Node, dim: int, layout: Layout, axis: int
+    ) -> torch.fx.Node:
         """f on the segments of a parameter that every rank along ``axis`` holds."""
         runs: list[tuple[tuple[int, int], ...]] = []
         for rank in range(self.mesh.degree):
@@ -156,7 +158,9 @@ class _Emitter:
         if (node, have) not in self.made:
             have = self.program.table[node.name].results[0]  # while settling
         if node.name not in self.grads:  # without a gradient H and R are one state
-            want = want.with_letters([h if {h, w} == {"R", "H"} else w for h, w in zip(have.letters, want.letters, strict=True)])
+            want = want.with_letters(
+                [h if {h, w} == {"R", "H"} else w for h, w in zip(have.letters, want.letters, strict=True)]
+            )
         current = have
         for step in self._steps(node, have, want):
             if (node, step) not in self.made:
@@ -186,7 +190,9 @@ class _Emitter:
 
         # axes that newly cut one dim go together; segments that stay whole are cut locally, behind f
         new = [{a for a in axes_of(x) if have.letters[a] != "S"} for x in want.dims]
-        mixed = {a for x, over in zip(want.dims, new, strict=True) for a in over if any(whole_segments(x, b) for b in over)}
+        mixed = {
+            a for x, over in zip(want.dims, new, strict=True) for a in over if any(whole_segments(x, b) for b in over)
+        }
         alone = {a for over in new if all(have.letters[b] == "P" for b in over) for a in over - mixed}
         for dim, over in by_dim([a for a in axes("P", "S") if a in alone], want.dims):
             go(over, "S", _with_dim(current.dims, dim, _only(want.dims[dim], axes_of(current.dims[dim]) | set(over))))
@@ -202,7 +208,11 @@ class _Emitter:
         go([a for a in self.mesh.axes if a in behind and current.letters[a] == "R"], "H")
         for source in "RH":
             for dim, over in by_dim(axes(source, "S"), want.dims):
-                go(over, "S", _with_dim(current.dims, dim, _only(want.dims[dim], axes_of(current.dims[dim]) | set(over))))
+                go(
+                    over,
+                    "S",
+                    _with_dim(current.dims, dim, _only(want.dims[dim], axes_of(current.dims[dim]) | set(over))),
+                )
         go(axes("R", "P"), "P")
         if steps and current.letters != want.letters:
             raise AssertionError(f"no way from {have} to {want} for {node.name}")

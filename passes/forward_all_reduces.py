@@ -12,9 +12,9 @@ import math
 
 import torch.fx
 
+from tpcompile.passes.place import place
 from tpcompile.placement import solve
 from tpcompile.program import Program, Row
-from tpcompile.passes.place import place
 from tpcompile.rules import RULES, op_name
 
 
@@ -66,7 +66,12 @@ def _path(program: Program, start: torch.fx.Node, row: Row) -> list[torch.fx.Nod
             break
         if len(solution.results) != 1 or any(solution.results[0].letters[a] != "P" for a in partial):
             break
-        if any(solution.operands[i].letters[a] != "P" for i, x in enumerate(call.operands) if x is path[-1] for a in partial):
+        if any(
+            solution.operands[i].letters[a] != "P"
+            for i, x in enumerate(call.operands)
+            if x is path[-1]
+            for a in partial
+        ):
             break
         path.append(user)
     return path

@@ -46,9 +46,7 @@ def _merge(graph: torch.fx.Graph, group: str, copies: list[torch.fx.Node], first
             "placement": tuple(node.meta["placement"] for node in copies),
         } | top
         for index, (node, parameter) in enumerate(zip(copies, parameters, strict=True)):
-            item = graph.create_node(
-                "call_function", operator.getitem, (every, index), name=f"{parameter.name}_copy"
-            )
+            item = graph.create_node("call_function", operator.getitem, (every, index), name=f"{parameter.name}_copy")
             item.meta = dict(node.meta) | top
             node.replace_all_uses_with(item)
             graph.erase_node(node)

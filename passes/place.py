@@ -15,9 +15,9 @@ import torch.fx
 
 from tpcompile.errors import ShardingError
 from tpcompile.layout import axes_of
+from tpcompile.passes.canonicalize import is_inplace
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
 from tpcompile.program import Program, Row, where
-from tpcompile.passes.canonicalize import is_inplace
 from tpcompile.rules import RULES, op_name
 
 
@@ -149,9 +149,7 @@ def _wants_partial(program: Program, node: torch.fx.Node) -> bool:
 def _replicated(
     program: Program, shapes: tuple[Any, ...], results: tuple[Any, ...], ins: list[Placement], early: frozenset[int]
 ) -> Solution:
-    letters = tuple(
-        "H" if a in early or any(p.letters[a] == "H" for p in ins) else "R" for a in program.mesh.axes
-    )
+    letters = tuple("H" if a in early or any(p.letters[a] == "H" for p in ins) else "R" for a in program.mesh.axes)
     if not ins:
         letters = tuple("R" for _ in letters)
     operands = tuple(uncut(s, program.mesh).with_letters(letters) for s in shapes)

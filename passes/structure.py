@@ -92,9 +92,7 @@ def _unify_sentence(
     for label, reason in sentence.whole.items():
         if label in terms:
             unifier.pin(terms[label], reason)
-    return tuple(
-        tuple(Atom(1) if label is None else term_of(label) for label in labels) for labels in sentence.results
-    )
+    return tuple(tuple(Atom(1) if label is None else term_of(label) for label in labels) for labels in sentence.results)
 
 
 __all__ = ["structure"]

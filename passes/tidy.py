@@ -6,6 +6,7 @@ pattern, forward and backward, in all states that its variables can have.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,9 @@ from tpcompile.passes.canonicalize import VIEWS, is_inplace
 from tpcompile.patterns import Match, Pattern, leaf, rewrite
 from tpcompile.program import Program, copy_graph
 from tpcompile.rules import op_name
-from tpcompile.sentence import is_tensor
 
 aten = torch.ops.aten
+ARITHMETIC = (aten.sym_size.int, operator.add, operator.sub, operator.mul, operator.floordiv)  # on sizes
 EVERYBODY = Mesh((1,)).group_name([0])  # the group whose members are all ranks, in their order
 all_reduce = leaf(collectives.all_reduce)
 copy = leaf(collectives.copy)
@@ -216,8 +217,7 @@ def _share_sizes(graph: torch.fx.Graph) -> None:
     """Equal arithmetic on sizes in one module is done once."""
     first: dict[tuple[Any, ...], torch.fx.Node] = {}
     for node in list(graph.nodes):
-        value = node.meta.get("val")
-        if node.op != "call_function" or is_tensor(node) or not isinstance(value, (int, torch.SymInt)) or node.kwargs:
+        if node.target not in ARITHMETIC:
             continue
         same = first.setdefault((node.target, node.args, node.meta.get("module")), node)
         if same is not node:

@@ -8,6 +8,8 @@ gradient in the state that belongs to it, and every operand's must come out in i
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import itertools
 import operator
@@ -18,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.fx
 from torch import Tensor
@@ -141,7 +142,7 @@ class Case:
         ]
         leaves = [x.clone().requires_grad_() if d else x for x, d in zip(self.inputs, self.differentiable, strict=True)]
         given = dict(zip(placeholders, leaves, strict=True))
-        torch.manual_seed(11)
+        torch.default_generator.manual_seed(11)
         made = target(*torch.fx.map_arg(args, given.__getitem__), **torch.fx.map_arg(kwargs, given.__getitem__))
         self.node.meta["val"] = made
         self.several = isinstance(made, (tuple, list))
@@ -264,24 +265,27 @@ def _groups(mesh: Mesh, axes: Iterable[int]) -> list[list[int]]:
     return mesh.groups(chosen) if chosen else [[r] for r in range(mesh.degree)]
 
 
+@functools.lru_cache(maxsize=65536)
+def _held(layout: Layout, mesh: Mesh, rank: int) -> Tensor:
+    return torch.from_numpy(positions(layout, mesh, rank))
+
+
 def _local(x: Tensor, placed: Placement, mesh: Mesh, rank: int) -> Tensor:
     for d, layout in enumerate(placed.dims):
         if axes_of(layout):
-            x = x.index_select(d, torch.from_numpy(positions(layout, mesh, rank)))
+            x = x.index_select(d, _held(layout, mesh, rank))
     return x
 
 
 def _assembled(parts: Sequence[Tensor], placed: Placement, mesh: Mesh, ranks: Sequence[int]) -> Tensor:
     """The sum of what ``ranks`` hold, each part at its positions."""
-    total = torch.zeros([size(x) for x in placed.dims], dtype=parts[0].dtype)
+    total = parts[0].new_zeros([size(x) for x in placed.dims])
     for part, rank in zip(parts, ranks, strict=True):
-        held = [positions(x, mesh, rank) for x in placed.dims]
-        if list(part.shape) != [len(h) for h in held]:
-            raise AssertionError(f"rank {rank} holds {list(part.shape)}, {placed} says {[len(h) for h in held]}")
-        if held:
-            total[np.ix_(*held)] += part
-        else:
-            total += part
+        for d, layout in enumerate(placed.dims):
+            if axes_of(layout):
+                shape = [*part.shape[:d], size(layout), *part.shape[d + 1 :]]
+                part = part.new_zeros(shape).index_copy_(d, _held(layout, mesh, rank), part)
+        total += part
     return total
 
 
@@ -411,12 +415,17 @@ def typing_errors(sentence: Sentence, solution: Solution, case: Case, mesh: Mesh
             yield f"operands {read} make results {made} on axis {axis}"
 
 
-def uncompiled() -> Any:
-    """GraphModules without Python code of their own: the simulation interprets them."""
-    return mock.patch.object(torch.fx.GraphModule, "recompile")
+@contextlib.contextmanager
+def emission_with(rule: Rule) -> Iterator[None]:
+    """Emission knows ``rule`` alone, and gives its graphs no Python code: the simulation interprets them."""
+    with (
+        mock.patch.object(EMISSION, "RULES", {rule.op: rule}),
+        mock.patch.object(torch.fx.GraphModule, "recompile", lambda _: None),
+    ):
+        yield
 
 
-def execute(rule: Rule, case: Case, ins: Sequence[Placement], mesh: Mesh, solution: Solution) -> str | None:
+def execute(case: Case, ins: Sequence[Placement], mesh: Mesh, solution: Solution) -> str | None:
     """Emit the call for operands placed as ``ins``, run it on all ranks, and say what is wrong.
 
     Raises:
@@ -427,8 +436,7 @@ def execute(rule: Rule, case: Case, ins: Sequence[Placement], mesh: Mesh, soluti
     table[case.node.name] = Row(solution.operands, solution.results, solution.results, solution.reason)
     if case.several:
         table |= {n.name: Row((), (p,), (p,), "") for n, p in zip(case.results, solution.results, strict=True)}
-    with mock.patch.object(EMISSION, "RULES", {rule.op: rule}), uncompiled():
-        emitted = EMISSION.emit(case.program(mesh, table)).graph_module
+    emitted = EMISSION.emit(case.program(mesh, table)).graph_module
     last = {str(n.meta["origin"]): n for n in emitted.graph.nodes if "origin" in n.meta}
     emitted.graph.output_node().args = (tuple(last[n.name] for n in case.results),)
     generator = torch.Generator().manual_seed(13)
@@ -441,7 +449,7 @@ def execute(rule: Rule, case: Case, ins: Sequence[Placement], mesh: Mesh, soluti
             if isinstance(given, Given):
                 value = in_memory_order(value, given.order).requires_grad_(case.differentiable[i])
             mine.append(value)
-    torch.manual_seed(11)
+    torch.default_generator.manual_seed(11)
     made = Simulation(emitted, mesh.degree, mesh.all_groups()).run(inputs)
     for i, (whole, p) in enumerate(zip(case.outputs, solution.results, strict=True)):
         if case.sample.values and (error := wrong_value([mine[i].detach() for mine in made], p, mesh, whole)):
@@ -475,6 +483,13 @@ def check(
     first_only: bool = False,
 ) -> Report:
     """Try every layout of every sample on every mesh."""
+    with emission_with(rule):
+        return _check(rule, samples, meshes, first_only)
+
+
+def _check(
+    rule: Rule, samples: Iterable[Sample], meshes: Callable[[Sample], Iterable[Mesh]], first_only: bool
+) -> Report:
     report = Report()
     for sample in samples:
         case = Case(sample)
@@ -488,7 +503,7 @@ def check(
             seen = set[Hashable]()
             for ins in assignments(case, mesh):
                 for options in _options(ins, mesh):
-                    error = _try(rule, case, sentence, ins, mesh, options, seen, report)
+                    error = _try(case, sentence, ins, mesh, options, seen, report)
                     if error is not None:
                         report.failures.append(_told(sample, ins, mesh, options, error))
                         if first_only:
@@ -497,7 +512,6 @@ def check(
 
 
 def _try(
-    rule: Rule,
     case: Case,
     sentence: Sentence,
     ins: Sequence[Placement],
@@ -523,7 +537,7 @@ def _try(
             return None
         seen |= ways
         report.ran += 1
-        return execute(rule, case, ins, mesh, solution)
+        return execute(case, ins, mesh, solution)
     except (PlacementError, ShardingError) as refusal:
         report.refused[str(refusal)] += 1
         return None

@@ -891,7 +891,7 @@ def test_hooks_that_would_be_lost_are_refused() -> None:
         "  help: remove the hook before compiling",
     ]
     handle.remove()
-    model[3].bias.register_hook(lambda gradient: gradient * 2)
+    dict(model.named_parameters())["3.bias"].register_hook(lambda gradient: gradient * 2)
     assert message(lambda: capture(model, (torch.randn(2, 8),)))[0] == "parameter '3.bias' has a gradient hook"
 
 
@@ -981,7 +981,7 @@ class UsesCond(Faulty):
 
 class Misspelt(Faulty):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.liner(x)  # HERE
+        return self.liner(x)  # pyright: ignore[reportCallIssue]  # HERE
 
 
 class UsesNumpy(Faulty):

@@ -8,11 +8,10 @@ from __future__ import annotations
 import copy
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from distributed import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpcompile
 from tpcompile.collectives import sent_bytes
@@ -109,26 +109,41 @@ def widened(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
-@contextmanager
-def counted(into: Counter[tuple[str, str, int]], direction: str) -> Iterator[None]:
-    """Adds what torch.distributed itself is asked for, as its profiler sees it: kind, direction and bytes sent."""
-    kinds = {
-        "c10d::allreduce_": ("all_reduce", 1),
-        "c10d::_allgather_base_": ("all_gather", dist.get_world_size()),
-        "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
+def asking(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Inputs that ask for a gradient where they can, as the report assumes."""
+    floats = {n: x for n, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    return {**inputs, **{n: x.detach().clone().requires_grad_() for n, x in floats.items()}}
+
+
+Sent = Counter[tuple[str, str, int]]  # kind, direction, bytes that a rank sends -> how often
+
+
+class Issued(TorchDispatchMode):
+    """Counts what torch.distributed itself is asked for, by whoever asks."""
+
+    KINDS: ClassVar = {
+        "c10d.allreduce_.default": "all_reduce",
+        "c10d._allgather_base_.default": "all_gather",
+        "c10d._reduce_scatter_base_.default": "reduce_scatter",
     }
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        yield
-    for event in profile.events():
-        if event.name.startswith("c10d::"):
-            kind, parts = kinds[event.name]
-            yield_of = [shape for shape in event.input_shapes if shape]
-            numel = torch.Size(yield_of[-1]).numel() * parts
-            into[kind, direction, sent_bytes(kind, numel, 4, dist.get_world_size())] += 1
+
+    def __init__(self, into: Sent, direction: str):
+        super().__init__()
+        self.into, self.direction = into, direction
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith("c10d."):
+            kind = self.KINDS[str(func)]
+            group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
+            tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+            whole = max(tensors, key=Tensor.numel)
+            sent = sent_bytes(kind, whole.numel(), whole.element_size(), group.size())
+            self.into[kind, self.direction, sent] += 1
+        return func(*args, **(kwargs or {}))
 
 
-def said(tp: TensorParallel) -> Counter[tuple[str, str, int]]:
-    found: Counter[tuple[str, str, int]] = Counter()
+def said(tp: TensorParallel) -> Sent:
+    found: Sent = Counter()
     for row in tp.program.collectives:
         found[row.kind, row.direction, row.bytes] += row.count
     return found
@@ -139,10 +154,10 @@ def in_float32(name: str) -> Answers:
     inputs, model = zoo.inputs(name), zoo.build(name, training=True)
     tp = compiled(name, model, inputs)
     answers: dict[str, Any] = {"train": step(model, tp, inputs)}
-    issued: Counter[tuple[str, str, int]] = Counter()
-    with counted(issued, "forward"):
-        leaves = differentiable(tp(**inputs))
-    with counted(issued, "backward"):
+    issued: Sent = Counter()
+    with Issued(issued, "forward"):
+        leaves = differentiable(tp(**asking(inputs)))
+    with Issued(issued, "backward"):
         torch.autograd.backward(leaves, cotangents(leaves))
     answers |= {"issued": issued, "said": said(tp)}
     model.eval(), tp.eval()
@@ -393,13 +408,6 @@ def other_seeds() -> None:
     tp(torch.ones(2, 4))
 
 
-def other_arguments() -> None:
-    tp = tpcompile.compile(widths(), Spec.parse(BOTH), example_inputs={"x": torch.ones(2, 4)})
-    tp.train(dist.get_rank() == 0)
-    for _ in range(2):  # the rank that has a program waits in its first collective for the one that makes another
-        tp(x=torch.ones(2, 4))
-
-
 def a_mesh_without_tp() -> None:
     ordinary(widths(), mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "mp")))
 
@@ -430,7 +438,11 @@ REFUSED: Mapping[Callable[[], None], tuple[str, str, str]] = {  # -> class, what
     ),
     a_mesh_without_tp: ("TpcompileError", "the mesh has 2 dims ('dp', 'mp'), none of them called tp", 'mesh["NAME"]'),
     not_a_mesh: ("TpcompileError", "mesh must be a torch.distributed DeviceMesh or None, not int", "init_device_mesh"),
-    meta_parameters: ("TpcompileError", "parameter up.weight is on the meta device: it has no value", "load the weights"),
+    meta_parameters: (
+        "TpcompileError",
+        "parameter up.weight is on the meta device: it has no value",
+        "load the weights first",
+    ),
     moved_to_another_dtype: (
         "TpcompileError",
         "a compiled module cannot be moved from torch.float32 on cpu to torch.float64 on cpu",
@@ -454,7 +466,7 @@ def refusals() -> Answers:
     return found
 
 
-# ------------------------------------------------------------------------------------------------ what the ranks answered
+# ---------------------------------------------------------------------------------------------- what the ranks answered
 WORK: Mapping[int, Callable[[], Answers]] = {2: answers_on_2, 4: answers_on_4}
 MODELS: Mapping[int, Sequence[str]] = {2: ON_2, 4: ON_4}
 

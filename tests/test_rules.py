@@ -249,8 +249,7 @@ WRONG = (
         call("prelu.default", real(4, 4), real(4)),)),
     *(
         Wrong(f"{op} keeps its sizes", _without(op, "localize"))
-        for op in """view.default reshape.default expand.default unflatten.int slice.Tensor narrow.default select.int
-        split.Tensor split_with_sizes.default chunk.default squeeze.default squeeze.dim""".split()
+        for op in ["view.default", "reshape.default", "expand.default", "unflatten.int", "slice.Tensor", "narrow.default", "select.int", "split.Tensor", "split_with_sizes.default", "chunk.default", "squeeze.default", "squeeze.dim"]
     ),
 )  # fmt: skip
 

@@ -310,6 +310,7 @@ def case(name: str, layers: int = 2, training: bool = False) -> Case:
     """The model ``name``, captured once."""
     model, given, text = build(name, layers, training), inputs(name), MODELS[name].spec
     spec = choose_spec(model, None if text is None else Spec.parse(text))
+    assert spec is not None, "every model here has a shipped spec or a text of its own"
     return Case(name, model, given, capture(model, (), given), spec)
 
 

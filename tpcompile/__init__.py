@@ -12,12 +12,12 @@ from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, 
 
 if TYPE_CHECKING:
     from tpcompile.compiler import rewrite
+    from tpcompile.equivalence import Report, verify
     from tpcompile.module import TensorParallel, compile, full_gradients, full_state_dict
     from tpcompile.planner import plan
     from tpcompile.program import Program
     from tpcompile.report import Collective
     from tpcompile.spec import Spec
-    from tpcompile.equivalence import Report, verify
 
 _HOMES = {
     "Collective": "tpcompile.report",

@@ -15,6 +15,7 @@ import importlib.metadata
 import inspect
 import json as json_module
 import math
+import os
 import sys
 import traceback as traceback_module
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,7 @@ ModelText = Annotated[
 SpecFile = Annotated[
     str | None,
     typer.Option(
-        "--spec", metavar="FILE", help="The .tpspec to use; by default the shipped one for the model's class."
+        "--spec", metavar="FILE", help="The .tpspec to use; by default the shipped one for the model's class, or a plan."
     ),
 ]
 Degree = Annotated[int, typer.Option("--tp", metavar="N", min=1, help="The number of ranks.")]
@@ -329,6 +330,47 @@ def explain(
 
 
 @app.command()
+def plan(
+    model: ModelText,
+    tp: Degree = 2,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Write the .tpspec there instead of printing it."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Write a .tpspec for any model.
+
+    What is cut is found in the graph alone; what stays whole is listed in comments, with the reason.
+    """
+
+    def work() -> Answer:
+        import tpcompile
+
+        if output is not None:
+            refuse_to_replace(output, force)
+        loaded = load(model, weights=False)
+        spec = tpcompile.plan(loaded.model, tp, example_inputs(loaded))
+        text = spec.text()
+        document = {
+            "ok": True,
+            "model": loaded.label,
+            "degree": tp,
+            "lines": [{"patterns": list(map(str, line.patterns)), "word": line.word} for line in spec.lines],
+            "spec": text,
+            "output": output,
+        }
+        if output is None:
+            return Answer(document, (text.rstrip("\n"),))
+        save(output, text, force)
+        return Answer(document, (f"wrote {output}: {len(spec.lines)} lines for {loaded.label} on {tp} ranks",))
+
+    respond(work, json, traceback)
+
+
+@app.command()
 def run(
     model: ModelText, spec: SpecFile = None, tp: Degree = 2, json: Json = False, traceback: Traceback = False
 ) -> None:
@@ -395,6 +437,29 @@ def nearest(word: str, known: list[str]) -> str:
     """The help line that names the nearest of the known words, or some of them if none is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean `{near[0]}`?" if near else f"there are, for example: {', '.join(known[:4])}"
+
+
+def refuse_to_replace(path: str, force: bool) -> None:
+    """Raise TpcompileError if something is at ``path`` that must not be lost."""
+    if os.path.isdir(path):
+        raise TpcompileError(f"`{path}` is a directory", help=f"name a file in it: {os.path.join(path, 'my.tpspec')}")
+    if os.path.lexists(path) and not force:
+        raise TpcompileError(f"`{path}` exists", help="pass --force to replace it, or name another file")
+
+
+def save(path: str, text: str, force: bool) -> None:
+    """Write a file under a temporary name beside it, then give it its name: it is whole, or it is not there."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        refuse_to_replace(path, force)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise TpcompileError(f"cannot write `{path}`", why=error.strerror) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def lines_in(lines: Sequence[Line], glob: str) -> Sequence[Line]:

@@ -16,7 +16,7 @@ from tpcompile.models import default_inputs
 from tpcompile.passes import PIPELINE
 from tpcompile.program import Pass, Program, Stage
 from tpcompile.report import sizes_at
-from tpcompile.spec import Spec, find_shipped, resolve
+from tpcompile.spec import Spec, find_shipped, resolve, shipped
 
 SpecLike = Spec | str | os.PathLike[str] | None
 Inputs = Mapping[str, Any] | Sequence[Any] | None
@@ -34,9 +34,11 @@ def rewrite(
 
     Args:
         model: any module, unmodified; it may live on the meta device.
-        spec: a path to a ``.tpspec``, a :class:`Spec`, or None for the shipped spec of the model's class.
+        spec: a path to a ``.tpspec``, a :class:`Spec`, or None for the shipped spec of the model's class, or else the
+            plan that :func:`tpcompile.plan` makes.
         degree: number of ranks.
-        example_inputs: keyword arguments as a dict, or positional ones as a tuple; transformers models have defaults.
+        example_inputs: keyword arguments as a dict, or positional ones as a tuple; transformers models have
+            defaults.
 
     Raises:
         SpecError: the spec does not parse, or does not fit the model.
@@ -54,14 +56,18 @@ def rewrite(
 
 def rewrite_captured(
     captured: Captured,
-    spec: Spec,
+    spec: Spec | None,
     model: nn.Module,
     degree: int,
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
     pipeline: Sequence[Pass] = PIPELINE,
     seconds: float = 0.0,
 ) -> Program:
-    """The pipeline on a model that is captured already; ``seconds`` is what the capture took."""
+    """The pipeline on a model that is captured already, planned if there is no spec; ``seconds``: what the capture took."""
+    if spec is None:
+        from tpcompile.planner import plan_captured
+
+        spec = plan_captured(captured, degree, inputs)
     claims = resolve(
         spec, captured.module_classes, list(captured.parameters), captured.aliases, getattr(model, "config", None)
     )
@@ -75,13 +81,14 @@ def rewrite_captured(
     return program.with_(history=tuple(history))
 
 
-def choose_spec(model: nn.Module, spec: SpecLike) -> Spec:
-    """The spec itself, the one in a file, or the shipped one for the model's class."""
+def choose_spec(model: nn.Module, spec: SpecLike) -> Spec | None:
+    """The spec itself, the one in a file, or the shipped one for the model's class; None if it must be planned."""
     if isinstance(spec, Spec):
         return spec
     if spec is None:
-        return find_shipped([c.__name__ for c in type(model).__mro__])
-    if isinstance(spec, (str, os.PathLike)):
+        names = [c.__name__ for c in type(model).__mro__]
+        return find_shipped(names) if shipped().keys() & set(names) else None
+    if isinstance(spec, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         return Spec.load(spec)
     raise SpecError(  # pyright: ignore[reportUnreachable]
         f"a spec is a path, a tpcompile.Spec or None, not {type(spec).__name__}",

@@ -30,7 +30,7 @@ from tpcompile.placement import Placement
 from tpcompile.program import Program, where
 from tpcompile.report import Collective
 from tpcompile.simulate import Simulation
-from tpcompile.widen import widen
+from tpcompile.widen import widen_graph
 
 TOLERANCE = 1e-10
 
@@ -109,14 +109,14 @@ def verify_program(
     wide = [_widened(x) for x in flat]
     try:
         native = _simulate(program, program.graph_module, flat, torch.Tensor.detach)
-        widened = widen(program.graph_module)
+        widened = _wide(program.graph_module)
         exact = _simulate(program, widened, wide, _widened)
     except _Failure as failure:
         timings = {**program.timings, "compare": time.perf_counter() - start}
         infinite = (math.inf, math.inf, math.inf, math.inf)
         return Report(False, *infinite, False, str(failure), program.collectives, timings)
     native_output, native_gradient = _errors(eager, native)
-    reference = _run_graph(program, widen(program.captured.graph_module), wide)
+    reference = _run_graph(program, _wide(program.captured.graph_module), wide)
     output_error, gradient_error = _errors(reference, exact)
     allowed = _allowed(program, eager)
     replicas_equal = exact.replicas_equal and native.replicas_equal
@@ -163,6 +163,11 @@ def _errors(expected: Run, got: Run) -> tuple[float, float]:
     if largest(surplus.values()) > 0:
         return output, math.inf
     return output, max(gradient_errors(expected.gradients, got.gradients).values(), default=0.0)
+
+
+def _wide(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph in fp64, over the same attributes: a run brings its own."""
+    return torch.fx.GraphModule(module, widen_graph(module.graph))
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:
@@ -339,7 +344,7 @@ def _first_difference(
                 if value.requires_grad and not value.is_leaf:
                     value.retain_grad()
 
-    _run_graph(program, widen(whole.graph_module), flat, remember)
+    _run_graph(program, _wide(whole.graph_module), flat, remember)
     _simulate(program, widened, flat, _widened, see)
     seen = [(node, values) for node, values in seen if node.meta["origin"] in expected]
     for node, values in seen:

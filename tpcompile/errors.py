@@ -50,6 +50,7 @@ class TpcompileError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
+        """The whole message: what, where, why, and what to do."""
         rows = [self.what]
         if self.where is not None and (place := self.where.render()):
             rows.append(place)

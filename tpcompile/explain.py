@@ -14,7 +14,7 @@ from tpcompile.errors import ShardingError
 from tpcompile.layout import axes_of
 from tpcompile.program import Cut, Program, where
 from tpcompile.rules import op_name
-from tpcompile.structure import Atom, Term, atoms, show
+from tpcompile.structure import Term, atoms, show
 
 LONGEST_PATH = 12
 
@@ -133,7 +133,7 @@ def _why_whole(program: Program, name: str, dims: tuple[Term, ...]) -> Iterator[
         return
     yield "  whole on every rank: no line of the spec cuts one of its axes"
     for dim, term in enumerate(dims):
-        pins = [(a, a.pins[0]) for a in atoms(term) if isinstance(a, Atom) and a.pins and a.size > 1]
+        pins = [(a, a.pins[0]) for a in atoms(term) if a.pins and a.size > 1]
         if not pins:
             yield f"  dim {dim} could be cut: `column` or `row` would name it"
         for atom, pin in pins[:2]:

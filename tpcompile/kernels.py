@@ -68,9 +68,7 @@ def take(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
     return torch.cat([x.narrow(dim, start, length) for start, length in runs or ((0, 0),)], dim)
 
 
-def dropout_part(
-    x: torch.Tensor, p: float, cuts: tuple[tuple[int, int, Runs], ...], order: list[int]
-) -> torch.Tensor:
+def dropout_part(x: torch.Tensor, p: float, cuts: tuple[tuple[int, int, Runs], ...], order: list[int]) -> torch.Tensor:
     """Dropout of one rank's part of a tensor, with the mask that one device would draw for the whole of it.
 
     The full mask is drawn, so the generator stays in step with the single device (CPU: bitwise the same mask,

@@ -98,7 +98,13 @@ def _segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[_Segment]:
         path = next((m for m in node.meta.get("modules") or () if m in layers), None)
         if node.op != "call_function":
             path = None
-        if current is not None and path is None and node.op != "output" and moves and not set(node.all_input_nodes) & reached:
+        if (
+            current is not None
+            and path is None
+            and node.op != "output"
+            and moves
+            and not set(node.all_input_nodes) & reached
+        ):
             before.append(node)
             continue
         if current is None or path != current.path:
@@ -169,11 +175,10 @@ def module_at(root: nn.Module, path: str, layers: Iterable[str]) -> nn.Module:
     walked = ""
     for part in path.split(".") if path else ():
         walked = f"{walked}.{part}" if walked else part
-        if part not in module._modules:
+        children = dict(module.named_children())
+        if part not in children:
             module.add_module(part, Layer() if walked in layers else nn.Module())
-        child = module._modules[part]
-        assert child is not None
-        module = child
+        module = module.get_submodule(part)
     return module
 
 

@@ -110,7 +110,7 @@ def product(terms: Iterable[Layout]) -> Layout:
 
 
 def concat(terms: Iterable[Layout]) -> Layout:
-    """Concatenation in canonical form: flat, no empty parts, un-cut neighbours merged, k equal parts as ``k * part``."""
+    """Concatenation in canonical form: flat, nothing empty, un-cut neighbours merged, k equal parts as ``k * part``."""
     flat: list[Layout] = []
     for term in terms:
         for p in term.parts if isinstance(term, Concat) else (term,):
@@ -151,13 +151,16 @@ class Mesh:
 
     @property
     def degree(self) -> int:
+        """Number of ranks."""
         return math.prod(self.sizes)
 
     @property
     def axes(self) -> tuple[int, ...]:
+        """Indices of the mesh axes."""
         return tuple(range(len(self.sizes)))
 
     def coordinates(self, rank: int) -> tuple[int, ...]:
+        """Place of a rank in the grid."""
         return tuple(int(c) for c in np.unravel_index(rank, self.sizes))
 
     def group_name(self, axes: Iterable[int]) -> str:

@@ -69,6 +69,7 @@ class LocalCall:
         return self.graph.call_function(self.target, tuple(self.args), self.kwargs)
 
     def ranks(self) -> range:
+        """All ranks of the mesh."""
         return range(self.mesh.degree)
 
     def size(self, value: Any, layout: Layout) -> Any:
@@ -104,7 +105,9 @@ class LocalCall:
     def summed_axes(self) -> frozenset[int]:
         """Mesh axes over which a summed label of operand 0 is cut."""
         kept = {x for labels in self.sentence.results for x in labels}
-        cut = [axes_of(d) for x, d in zip(self.sentence.operands[0], self.operands[0].dims, strict=True) if x not in kept]
+        cut = [
+            axes_of(d) for x, d in zip(self.sentence.operands[0], self.operands[0].dims, strict=True) if x not in kept
+        ]
         return frozenset[int]().union(*cut)
 
     def held_share(self) -> Any:
@@ -121,9 +124,4 @@ class LocalCall:
 
     def cut_dims(self, operand: int) -> tuple[tuple[int, int, Any], ...]:
         """``(dim, whole size, runs held here)`` of every cut dim of an operand."""
-        return tuple(
-            (d, size(x), self.held(x))
-            for d, x in enumerate(self.operands[operand].dims)
-            if axes_of(x)
-        )
-
+        return tuple((d, size(x), self.held(x)) for d, x in enumerate(self.operands[operand].dims) if axes_of(x))

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile import shards
 from tpcompile.collectives import group_device, resolve_group, transition_of
-from tpcompile.compiler import Inputs, SpecLike, call_arguments, choose_spec, rewrite
+from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.errors import CaptureError, RuntimeMismatchError, TpcompileError
 from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, Layer, module_at, nest, repeated_layers
@@ -43,7 +43,7 @@ def compile(
     itself is left alone, and may be deleted afterwards.
 
     Args:
-        spec: a path to a ``.tpspec``, a :class:`Spec`, or None for the shipped spec of the model's class.
+        spec: a path to a ``.tpspec``, a :class:`Spec`, or None for the shipped spec of the model's class, or a plan.
         example_inputs: keyword arguments as a dict, or positional ones as a tuple; transformers models have defaults.
         mesh: a 1-D DeviceMesh, or one with a dim called ``tp``; None for all ranks.
 
@@ -59,11 +59,13 @@ def compile(
             why="compile gives every rank its part of the weights",
             help="load the weights first; for a model without weights use tpcompile.rewrite or the command line",
         )
-    chosen = choose_spec(model, spec)
-    program = rewrite(model, chosen, degree=group.size(), example_inputs=call_arguments_as_inputs(model, example_inputs))
+    program = rewrite(
+        model, spec, degree=group.size(), example_inputs=call_arguments_as_inputs(model, example_inputs)
+    )
     _check_same(program, group)
     _check_same_weights(model, group)
-    return TensorParallel(model, program, chosen, group)
+    assert program.spec is not None, "rewrite finds or plans one"
+    return TensorParallel(model, program, program.spec, group)
 
 
 def call_arguments_as_inputs(model: nn.Module, example_inputs: Inputs) -> Inputs:
@@ -339,7 +341,7 @@ def full_state_dict(module: TensorParallel) -> dict[str, torch.Tensor]:
 
 
 def full_gradients(module: TensorParallel) -> dict[str, torch.Tensor]:
-    """Whole gradients by canonical original name, on every rank; parameters without a gradient are left out. Collective."""
+    """Whole gradients by original name, on every rank; parameters without a gradient are left out. Collective."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in _canonical_parameters(module):
         if parameter.grad is not None:

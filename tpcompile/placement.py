@@ -17,7 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tpcompile.layout import (
-    Layout, LayoutError, Leaf, Mesh, axes_of, concat, drop, product, regroup, same, size, split, whole_segments,
+    Layout,
+    LayoutError,
+    Leaf,
+    Mesh,
+    axes_of,
+    concat,
+    drop,
+    product,
+    regroup,
+    same,
+    size,
+    split,
+    whole_segments,
 )  # fmt: skip
 from tpcompile.sentence import Label, Sentence
 
@@ -40,6 +52,7 @@ class Placement:
         return all(x == "R" for x in self.letters)
 
     def with_letters(self, letters: Sequence[str]) -> Placement:
+        """The same layouts in other states."""
         return Placement(tuple(letters), self.dims)
 
 
@@ -56,7 +69,7 @@ def cut_as(dims: Sequence[Layout], mesh: Mesh, letter: str = "R") -> Placement:
 
 @dataclass(frozen=True)
 class Solution:
-    """What the operands must become (same order) and what the results are before any all-reduce; ``reason`` in words."""
+    """What the operands must become (in order), what the results are before any all-reduce, and why."""
 
     operands: tuple[Placement, ...]
     results: tuple[Placement, ...]

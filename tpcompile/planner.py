@@ -48,9 +48,7 @@ COMMENT_WIDTH = 108
 OTHER_INDEX = "stay whole because the weights along them are cut along their other index"
 
 
-def plan(
-    model: nn.Module, degree: int, example_inputs: Mapping[str, Any] | Sequence[Any] | None = None
-) -> Spec:
+def plan(model: nn.Module, degree: int, example_inputs: Mapping[str, Any] | Sequence[Any] | None = None) -> Spec:
     """A spec for ``model`` on ``degree`` ranks, made from its graph. Its ``text()`` has comments: what stays whole and why.
 
     Args:
@@ -138,7 +136,9 @@ class _Planner:
             if use.row is not None:
                 join(candidates(use.row) if use.table else _free(use.row))
         order = {key: i for i, key in enumerate(seen)}
-        groups = sorted((sorted(g, key=order.__getitem__) for g in nx.connected_components(joined)), key=lambda g: order[g[0]])
+        groups = sorted(
+            (sorted(g, key=order.__getitem__) for g in nx.connected_components(joined)), key=lambda g: order[g[0]]
+        )
         found = [axis for g in groups if (axis := self._axis([seen[k] for k in g])) is not None]
         return [replace(axis, index=i) for i, axis in enumerate(found)]
 
@@ -247,7 +247,11 @@ class _Planner:
     def _sentence(self, node: torch.fx.Node) -> Sentence | None:
         rule = RULES.get(op_name(node))
         try:
-            return None if rule is None or node.name not in self.structure.values else rule.sentence(self.program.call(node))
+            return (
+                None
+                if rule is None or node.name not in self.structure.values
+                else rule.sentence(self.program.call(node))
+            )
         except ValueError:
             return None
 
@@ -330,8 +334,7 @@ def _is_head(use: Use) -> bool:
 
 
 INTEGERS_PASS = frozenset(
-    (*VIEWS, *(f"aten.{n}" for n in "clone.default masked_fill.Scalar where.self where.ScalarSelf where.ScalarOther "
-    "clamp.default clamp_min.default clamp_max.default cat.default".split()))
+    (*VIEWS, *(f"aten.{n}" for n in ["clone.default", "masked_fill.Scalar", "where.self", "where.ScalarSelf", "where.ScalarOther", "clamp.default", "clamp_min.default", "clamp_max.default", "cat.default"]))
 )  # fmt: skip
 
 
@@ -451,7 +454,9 @@ def _notes(planner: _Planner, chosen: Sequence[_Axis], program: Program, names: 
     for reason, members in found.values():
         shown = ", ".join(map(str, names.patterns(members, names.inside)))
         row = f"{shown}: {reason.text}{_place(reason.where)}"
-        rows += textwrap.wrap(row, COMMENT_WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        rows += textwrap.wrap(
+            row, COMMENT_WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
     return ("Whole on every rank:", *(f"  {row}" for row in rows)) if rows else ()
 
 

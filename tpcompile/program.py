@@ -88,7 +88,7 @@ class Program:
     spec: Spec | None = None
     claims: tuple[Claim, ...] = ()
     structure: Structure | None = None
-    mesh: Mesh = Mesh((1,))
+    mesh: Mesh = field(default_factory=lambda: Mesh((1,)))
     cuts: tuple[Cut, ...] = ()
     parameters: Mapping[str, tuple[Layout, ...]] = field(default_factory=dict[str, tuple[Layout, ...]])
     whole: frozenset[str] = frozenset()  # parameters that a `replicate` line keeps whole
@@ -145,6 +145,7 @@ class Program:
         return self.text()
 
     def with_(self, **changes: Any) -> Program:
+        """A copy with some fields changed."""
         return replace(self, **changes)
 
     def call(self, node: torch.fx.Node) -> Call:

@@ -5,6 +5,8 @@ arguments become local (``localize``) and which kernel replaces the op when a cu
 truth is tested over all layouts by one generic test; an op without a row is fine while nothing cut reaches it.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import math
@@ -326,7 +328,7 @@ def _normalize(call: Call) -> Sentence:
     shape = call.shapes[0]
     count = len(call.argument("normalized_shape"))
     labels = tuple(f"d{i}" for i in range(len(shape)))
-    whole = dict.fromkeys(labels[len(shape) - count:], "a norm takes its mean over the whole axis")
+    whole = dict.fromkeys(labels[len(shape) - count :], "a norm takes its mean over the whole axis")
     operands = (labels, *(labels[len(shape) - len(s) :] for s in call.shapes[1:]))
     return Sentence(operands, (labels,), dict(zip(labels, shape, strict=True)), whole=whole)
 
@@ -685,7 +687,7 @@ def _aligned(call: Call, dim: int, *others: int) -> tuple[list[Labels], dict[str
     for o in others:
         own = tuple("i" if d == dim else (f"o{o}_{d}" if d in covered else x) for d, x in enumerate(labels))
         whole |= {own[d]: "the index covers a part of it" for d in covered}
-        sizes |= {x: n for x, n in zip(own, call.shapes[o], strict=True)}
+        sizes |= dict(zip(own, call.shapes[o], strict=True))
         found.append(own)
     whole |= {labels[d]: "the index covers a part of it" for d in covered}
     whole |= {labels[dim]: "an index tensor picks positions from all of it"} if labels else {}
@@ -769,7 +771,10 @@ def _picked(call: Call) -> Shape:
     """Shape of ``x[..., i, ...]`` for the indices of an index_put."""
     meta = torch.empty(call.shapes[0], device="meta")
     shapes = iter(call.shapes[1:])
-    index = [slice(None) if x is None else torch.zeros(next(shapes), dtype=torch.long, device="meta") for x in call.argument("indices")]
+    index = [
+        slice(None) if x is None else torch.zeros(next(shapes), dtype=torch.long, device="meta")
+        for x in call.argument("indices")
+    ]
     return tuple(meta[tuple(index)].shape)
 
 

@@ -11,7 +11,7 @@ from tpcompile.layout import local_size as layout_size
 
 
 def cut(tensor: torch.Tensor, dims: Sequence[Layout], mesh: Mesh, rank: int) -> torch.Tensor:
-    """The part of ``tensor`` that ``rank`` holds: a new contiguous tensor, or ``tensor`` itself where nothing is cut."""
+    """The part of ``tensor`` that ``rank`` holds: a new tensor, or ``tensor`` itself where nothing is cut."""
     part = tensor
     for dim, layout in enumerate(dims):
         if axes_of(layout):

@@ -19,12 +19,15 @@ class Site:
         self.program, self.graph, self.node = program, graph, node
 
     def arg(self, name: str) -> Any:
+        """The argument called ``name`` in the op's schema, or its default."""
         return argument(self.node, name)
 
     def size(self, value: Any) -> int:
+        """A size (int or size node) with symbols at their hints."""
         return self.program.captured.size(value.meta["val"] if isinstance(value, torch.fx.Node) else value)
 
     def shape(self, node: torch.fx.Node) -> tuple[int, ...]:
+        """Shape of a tensor node with symbols at their hints."""
         return self.program.shape(node)
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
@@ -40,6 +43,9 @@ class Site:
         """The value of a lifted constant, if the node is one."""
         if isinstance(node, torch.fx.Node) and node.op == "get_attr":
             return self.program.captured.constants.get(str(node.target))
-        if isinstance(node, torch.fx.Node) and op_name(node) in ("aten.lift_fresh_copy.default", "aten.detach_.default"):
+        if isinstance(node, torch.fx.Node) and op_name(node) in (
+            "aten.lift_fresh_copy.default",
+            "aten.detach_.default",
+        ):
             return self.constant(node.args[0])
         return None

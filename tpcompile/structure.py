@@ -107,6 +107,7 @@ def atoms(term: Term) -> list[Atom]:
 
 
 def prod(terms: Sequence[Term]) -> Term:
+    """Row-major product, flat."""
     flat = [f for t in terms for f in factors(t)]
     if len(flat) == 1:
         return flat[0]
@@ -114,6 +115,7 @@ def prod(terms: Sequence[Term]) -> Term:
 
 
 def cat(terms: Sequence[Term]) -> Term:
+    """Concatenation, flat."""
     flat = [p for t in terms for p in segments(t)]
     if len(flat) == 1:
         return flat[0]

@@ -1,0 +1,240 @@
+"""Tidying: the truth of every pattern, where each one fires, and what is left of the emitted code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.fx
+import zoo
+from goldens import Golden
+from pattern_truth import Given, failures
+
+from tpcompile.collectives import Parts, balanced
+from tpcompile.compiler import rewrite_captured
+from tpcompile.equivalence import verify_program
+from tpcompile.passes import PIPELINE
+from tpcompile.passes.tidy import PATTERNS, tidy
+from tpcompile.patterns import Pattern, explain, write
+from tpcompile.program import Pass, Program
+from tpcompile.rules import op_name
+
+aten = torch.ops.aten
+BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
+
+
+def uneven(ranks: int) -> Parts:
+    """Eight positions, the first of which go to the last rank, and more of them than to the others."""
+    lengths = [1] * (ranks - 1) + [8 - (ranks - 1)]
+    starts = [8 - 1 - rank for rank in range(ranks - 1)] + [0]
+    return tuple(((start, length),) for start, length in zip(starts, lengths, strict=True))
+
+
+def scattered(ranks: int) -> Parts:
+    """Eight positions, of which every rank holds each ``ranks``-th."""
+    return tuple(tuple((i, 1) for i in range(rank, 8, ranks)) for rank in range(ranks))
+
+
+def even(ranks: int) -> Parts:
+    return balanced(12, ranks)
+
+
+CUTS = [{"x": Given((3, 8)), "dim": 1, "parts": parts, "group": "tp"} for parts in (uneven, scattered)]
+CUTS += [{"x": Given((12,)), "dim": 0, "parts": even, "group": "tp"}]
+def product(x: tuple[int, ...], w: tuple[int, ...], b: int) -> dict[str, Given]:
+    return {"x": Given(x), "w": Given(w), "b": Given((b,))}
+
+
+LINEAR = [product((3, 4), (5, 4), 5), product((2, 3, 4), (5, 4), 5), product((4,), (5, 4), 5), product((1, 1), (1, 1), 1)]
+MM = [product((3, 4), (4, 5), 5), product((2, 1), (1, 1), 1)]
+PLAIN = {"dtype": torch.float64, "layout": None, "device": torch.device("cpu"), "pin_memory": False}
+FACTORY = [
+    {"size": [2, 8], "dim": 1, "parts": uneven, "group": "tp", **PLAIN},
+    {"size": [12], "dim": 0, "parts": even, "group": "tp", **PLAIN, "dtype": torch.bool},
+]
+INTEGERS = Given((3, 4), torch.int64)
+
+SAMPLES: dict[str, Sequence[dict[str, Any]]] = {
+    "two all-reduces that meet are one": [
+        {"x": Given((3, 4)), "y": Given((3, 4)), "group": "tp"},
+        {"x": Given((3, 4)), "y": Given((4,)), "group": "tp"},
+        {"x": Given((3, 1), torch.float32), "y": Given((1, 4), torch.float32), "group": "tp"},
+    ],
+    "a part of a complete value": CUTS,
+    "a part of an all-reduce is a reduce-scatter": CUTS,
+    "a bias goes into its linear": LINEAR,
+    "a bias goes into its linear, bias first": LINEAR,
+    "a bias goes into its mm": MM,
+    "a bias goes into its mm, bias first": MM,
+    "a part of zeros is smaller": FACTORY,
+    "a part of ones is smaller": FACTORY,
+    "a part of full is smaller": [{**values, "value": 1} for values in FACTORY],
+    "x + 0 is x": [{"x": INTEGERS, "number": 0}, {"x": INTEGERS, "number": False}],
+    "x * 1 is x": [{"x": Given((3, 4)), "number": 1.0}, {"x": INTEGERS, "number": 1}, {"x": Given(()), "number": 1}],
+    "True & x is x": [
+        {"x": Given((3, 4), torch.bool), "y": Given((2,)), "dtype": torch.bool, "pin_memory": False},
+    ],
+    "a reshape to the same shape": [{"x": Given((3, 4)), "shape": [3, 4]}, {"x": Given((3, 4)), "shape": [-1, 4]}],
+    "a view of the same shape": [{"x": Given((3, 4)), "shape": [3, 4]}, {"x": Given((3, 4)), "shape": [3, -1]}],
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name != "(n * a) // b, divided"])
+def test_a_pattern_is_true(name: str, ranks: int) -> None:
+    """In all states of its variables, forward and backward; a pattern without samples fails here."""
+    for values in SAMPLES[name]:
+        given = {k: v(ranks) if isinstance(v, Callable) else v for k, v in values.items()}
+        assert failures(BY_NAME[name], given, ranks) == [], values
+
+
+def test_sizes_are_divided_exactly() -> None:
+    pattern = BY_NAME["(n * a) // b, divided"]
+    for n in range(5):
+        assert all(pattern.before(n, a, b) == pattern.after(n, a, b) for a, b in ((4, 2), (6, 6), (9, 1)))
+    assert why_not(pattern, a=3, b=2, n=torch.zeros(())) == "2 does not divide 3"
+
+
+# ---------------------------------------------------------------------------------------------- where they do not fit
+def why_not(pattern: Pattern, result: Any = None, output: bool = False, **values: Any) -> str:
+    """The reason that ``pattern`` gives on its own ``before``, where tensor variables have the given fake values."""
+    graph = torch.fx.Graph()
+    nodes: dict[str, Any] = {}
+    for name, value in values.items():
+        nodes[name] = graph.placeholder(name) if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor):
+            nodes[name].meta["val"] = value
+    root, made = write(graph, pattern.before, nodes)
+    for node in made:
+        node.meta["val"] = result if result is not None else torch.zeros(3, 4)
+    graph.output((root,) if output else (graph.call_function(aten.relu.default, (root,)),))
+    return explain(pattern, root).split(": ", 1)[1]
+
+
+F64 = torch.float64
+WRONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "x is torch.float32 and y is torch.float64: the message would be in the wider of the two": (
+        "two all-reduces that meet are one",
+        {"x": torch.zeros(3, 4), "y": torch.zeros(3, 4, dtype=F64), "group": "tp"},
+    ),
+    "b is [3, 4], not one number for each of the 4 columns": (
+        "a bias goes into its linear", {"x": torch.zeros(3, 5), "w": torch.zeros(4, 5), "b": torch.zeros(3, 4)},
+    ),
+    "b is [1], not one number for each of the 4 columns": (
+        "a bias goes into its mm", {"x": torch.zeros(3, 5), "w": torch.zeros(5, 4), "b": torch.zeros(1)},
+    ),
+    "a product with bias takes one dtype, not ['torch.float32', 'torch.float64']": (
+        "a bias goes into its mm", {"x": torch.zeros(3, 5), "w": torch.zeros(5, 4), "b": torch.zeros(4, dtype=F64)},
+    ),
+    "the number is 1, not 0": ("x + 0 is x", {"x": torch.zeros(3, 4), "number": 1}),
+    "-0.0 + 0 is 0.0": ("x + 0 is x", {"x": torch.zeros(3, 4), "number": 0}),
+    "the number is y (placeholder), not 1": ("x * 1 is x", {"x": torch.zeros(3, 4), "number": torch.ones(())}),
+    "it makes torch.float32 of torch.int64": ("x * 1 is x", {"x": torch.zeros(3, 4).long(), "number": 1.0}),
+    "it is laid out in memory in another way": ("x * 1 is x", {"x": torch.zeros(3, 1).expand(3, 4), "number": 1.0}),
+    "the program's output must be a tensor of its own": (
+        "x * 1 is x", {"x": torch.zeros(3, 4), "number": 1.0, "output": True},
+    ),
+    "x is torch.float32, not bool": (
+        "True & x is x", {"x": torch.zeros(3, 4), "y": torch.zeros(1), "dtype": torch.bool, "pin_memory": False},
+    ),
+    "the shape becomes [3, 4], it was [12]": ("a reshape to the same shape", {"x": torch.zeros(12), "shape": [3, 4]}),
+    "the placement becomes None, it was None": ("a view of the same shape", {"x": torch.zeros(3, 4), "shape": [3, 4]}),
+    "ranks hold parts of different sizes": (
+        "a part of ones is smaller", {"size": [2, 8], "dim": 1, "parts": uneven(2), "group": "tp0", **PLAIN},
+    ),
+    "the size of the part is known only at run time": (
+        "a part of ones is smaller", {"size": [2, 8], "dim": 1, "parts": None, "group": "tp", **PLAIN},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("expected", WRONG)
+def test_a_pattern_says_where_it_is_not_true(expected: str) -> None:
+    name, values = WRONG[expected]
+    assert why_not(BY_NAME[name], **values) == expected.replace("y (placeholder)", "number")
+
+
+# ---------------------------------------------------------------------------------------------- on models
+BASE: tuple[Pass, ...] = tuple(PIPELINE[: [p.__name__ for p in PIPELINE].index("emit") + 1])
+
+
+def emitted(name: str, degree: int, *after: Pass, training: bool = False) -> Program:
+    """A model of the catalogue through the pipeline up to ``emit``, and the passes ``after`` it."""
+    case = zoo.case(name, training=training)
+    return rewrite_captured(case.captured, case.spec, case.model, degree, ((), case.inputs), (*BASE, *after))
+
+
+def ops(program: Program) -> list[str]:
+    return [op_name(node) for node in program.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(
+    ("name", "degree", "gone"),
+    [
+        ("gpt2", 2, {"aten.mm.default": (8, 4), "aten.new_ones.default": (1, 0), "aten.reshape.default": (4, 2)}),
+        ("bert", 3, {"aten.add.Tensor": (18, 9)}),
+        ("t5", 3, {"aten.reshape.default": (12, 6), "aten.zeros.default": (1, 1)}),
+    ],
+)
+def test_models_are_equal_and_shorter(name: str, degree: int, gone: dict[str, tuple[int, int]]) -> None:
+    before, after = emitted(name, degree), emitted(name, degree, tidy)
+    counts = {op: (ops(before).count(op), ops(after).count(op)) for op in gone}
+    assert counts == gone
+    report = verify_program(after, zoo.case(name).model, zoo.case(name).inputs)
+    assert report.ok, report.mismatch
+    assert report.collectives == before.collectives
+
+
+def test_dropout_draws_the_same_masks() -> None:
+    program = emitted("nanogpt", 2, tidy, training=True)
+    report = verify_program(program, zoo.case("nanogpt", training=True).model, zoo.case("nanogpt").inputs)
+    assert report.ok, report.mismatch
+
+
+def test_metadata_is_kept() -> None:
+    program = emitted("gpt2", 2, tidy)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and isinstance(node.meta["val"], torch.Tensor):
+            assert {"val", "placement", "module", "modules", "source", "origin"} <= node.meta.keys(), node
+    biased = [node for node in program.graph.nodes if node.target is aten.addmm.default]
+    assert [str(node.meta["placement"]) for node in biased[:2]] == ["S(1:3*4/tp0*16)", "S(1:256/tp0)"]
+    assert [node.meta["module"] for node in biased[:2]] == ["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"]
+
+
+def test_the_program_given_is_left_alone_and_tidying_twice_is_tidying_once() -> None:
+    program = emitted("mlp", 2)
+    before = program.text()
+    once = tidy(program)
+    assert program.text() == before
+    assert tidy(once).text() == once.text() != before
+
+
+def test_the_code_of_a_layer_reads_well(golden: Golden) -> None:
+    golden("tidy_mlp", emitted("mlp", 2, tidy).graph_module.code)
+
+
+def test_equal_sizes_are_computed_once_in_a_module() -> None:
+    sizes = [node for node in emitted("torch_transformer", 2, tidy).graph.nodes if op_name(node) in ("mul", "floordiv")]
+    lines = [(node.meta["module"], op_name(node), *map(str, node.args)) for node in sizes]
+    assert len(set(lines)) == len(lines)
+    assert ("layers.0.self_attn", "mul", "sym_size_int_5", "2") in lines
+    assert not any(line[1] == "floordiv" for line in lines)
+
+
+def test_what_an_in_place_op_writes_is_left_alone() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    same = graph.call_function(aten.mul.Tensor, (x, 1.0))
+    other = graph.call_function(aten.mul.Tensor, (x, 1.0))
+    written = graph.call_function(aten.add_.Tensor, (graph.call_function(aten.view.default, (other, [12])), x))
+    graph.output((graph.call_function(aten.relu.default, (same,)), graph.call_function(aten.relu.default, (written,))))
+    for node in graph.nodes:
+        node.meta["val"] = torch.zeros(3, 4)
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    case = zoo.case("mlp")
+    tidied = tidy(Program(case.captured, module, 2))
+    assert ops(tidied) == [
+        "aten.mul.Tensor", "aten.view.default", "aten.add_.Tensor", "aten.relu.default", "aten.relu.default",
+    ]  # fmt: skip
