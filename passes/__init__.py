@@ -5,11 +5,15 @@ from __future__ import annotations
 from tpcompile.passes.axes import axes
 from tpcompile.passes.backward_all_reduces import backward_all_reduces
 from tpcompile.passes.canonicalize import canonicalize
+from tpcompile.passes.constants import constants
 from tpcompile.passes.decompose import decompose
 from tpcompile.passes.emit import emit
 from tpcompile.passes.forward_all_reduces import forward_all_reduces
+from tpcompile.passes.in_place import in_place
+from tpcompile.passes.parameter_copies import parameter_copies
 from tpcompile.passes.place import place
 from tpcompile.passes.structure import structure
+from tpcompile.passes.tidy import tidy
 from tpcompile.program import Pass
 
 PIPELINE: tuple[Pass, ...] = (
@@ -20,7 +24,11 @@ PIPELINE: tuple[Pass, ...] = (
     place,  # a state per value and mesh axis
     forward_all_reduces,  # partial sums that meet are reduced once
     backward_all_reduces,  # a minimum cut decides where f stands
+    constants,  # what would be made whole and then cut is made cut
     emit,  # one rank's code
+    tidy,  # local identities: biases fused back, no-ops gone
+    parameter_copies,  # gradients of whole parameters in cut regions: one bucket
+    in_place,  # all-reduces that may overwrite what they sum
 )
 
 __all__ = ["PIPELINE"]

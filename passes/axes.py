@@ -174,25 +174,29 @@ def candidates(term: Term) -> list[Atom]:
     return list(found.values())
 
 
+def cuttable(term: Term) -> list[Atom]:
+    """The candidates that no op pins; if there are none, those that only ops pin which can be written out."""
+    everything = candidates(term)
+    free = [a for a in everything if not a.pins]
+    return free or [a for a in everything if all(op_name(p.node) in DECOMPOSITIONS for p in a.pins)]
+
+
 def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[tuple[Atom, ...], int]]:
     """Atoms of ``term`` to cut and over how many ranks each, outermost first; they multiply to the degree."""
     everything = candidates(term)
-    free = everything if claim.word == "vocab" else [a for a in everything if not a.pins]
-    free = free or [a for a in everything if all(op_name(p.node) in DECOMPOSITIONS for p in a.pins)]
+    free = everything if claim.word == "vocab" else cuttable(term)
     if not free:
         pin = next((p for a in everything for p in a.pins if op_name(p.node) not in DECOMPOSITIONS), None)
         raise ShardingError(
-            f"{claim.parameter} cannot be cut `{claim.word}`: the axis of {' * '.join(str(a.size) for a in everything)} "
-            "positions meets an op that needs it whole",
+            f"{claim.parameter} cannot be cut `{claim.word}`: the axis of "
+            f"{' * '.join(str(a.size) for a in everything)} positions meets an op that needs it whole",
             where=where(pin.node) if pin else claim.line.where,
             why=(pin.reason if pin else "the axis has one position") + f"; the line is {_line(claim)}",
             help=f"say `replicate` for {claim.module}, or cut another axis",
         )
-    nested = len(free) > 1 and _neighbours(term, free[0], free[1])
-    sizes = [a.size for a in free]
-    chosen = divide(sizes, program.degree, nested)
+    chosen = divide_atoms(term, free, program.degree)
     if chosen is None:
-        legal = [t for t in range(1, 129) if divide(sizes, t, nested) is not None]
+        legal = [t for t in range(1, 129) if divide_atoms(term, free, t) is not None]
         names = " x ".join(str(a.size) for a in free)
         raise ShardingError(
             f"{claim.parameter} cannot be cut over {program.degree} ranks",
@@ -201,7 +205,7 @@ def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[tuple[Atom
             help=f"use a degree of {', '.join(map(str, legal[:12]))}" + (", ..." if len(legal) > 12 else ""),
         )
     if claim.by is not None:
-        sizes = [math.prod(free[i].size for i in group) for group, _ in chosen]
+        sizes = [math.prod(a.size for a in group) for group, _ in chosen]
         if claim.by not in {sizes[0], math.prod(sizes), math.prod(a.size for a in free)}:
             raise ShardingError(
                 f"the spec says {claim.by} units, the graph shows {sizes[0]}",
@@ -209,7 +213,14 @@ def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[tuple[Atom
                 why=f"{claim.parameter} is used as {' x '.join(str(a.size) for a in everything)}",
                 help=f"write `by {sizes[0]}`, or leave `by` out: the count is read off the graph",
             )
-    return [(tuple(free[i] for i in group), over) for group, over in chosen]
+    return chosen
+
+
+def divide_atoms(term: Term, free: Sequence[Atom], degree: int) -> list[tuple[tuple[Atom, ...], int]] | None:
+    """:func:`divide` for atoms ``free`` of a term: ``[(atoms cut as one, ranks)]``, or None."""
+    nested = len(free) > 1 and _neighbours(term, free[0], free[1])
+    chosen = divide([a.size for a in free], degree, nested)
+    return None if chosen is None else [(tuple(free[i] for i in group), over) for group, over in chosen]
 
 
 def _neighbours(term: Term, outer: Atom, inner: Atom) -> bool:
@@ -219,12 +230,12 @@ def _neighbours(term: Term, outer: Atom, inner: Atom) -> bool:
 
 
 def divide(sizes: Sequence[int], degree: int, nested: bool = False) -> list[tuple[tuple[int, ...], int]] | None:
-    """Which of the index sizes, outermost first, to cut over how many ranks: ``[(indices cut as one, ranks)]``, or None.
+    """Which of the index sizes, outermost first, to cut over how many ranks: ``[(indices cut as one, ranks)]``.
 
     Even cuts first: the outermost index alone, then the outermost by its common divisor with the degree and the next
     one by the rest (kv heads below the degree: 4 = 2 * 2). Else an uneven cut: of the outermost index, if it has a
-    place for every rank, of the two outermost as one, where they are ``nested`` neighbours (9 heads on 3 kv heads over 4
-    ranks: 3, 2, 2, 2), or of the second.
+    place for every rank, of the two outermost as one, where they are ``nested`` neighbours (9 heads on 3 kv heads
+    over 4 ranks: 3, 2, 2, 2), or of the second. None if there is no place for every rank.
     """
     if degree == 1 or sizes[0] % degree == 0:
         return [((0,), degree)]
@@ -339,4 +350,4 @@ def _line(claim: Claim) -> str:
     return f"{place.file}:{place.line}"
 
 
-__all__ = ["Use", "axes", "candidates", "divide", "uses_of"]
+__all__ = ["Use", "axes", "candidates", "cuttable", "divide", "divide_atoms", "uses_of"]

@@ -22,6 +22,9 @@ from tpcompile.program import Program, Row
 from tpcompile.rules import RULES, op_name
 from tpcompile.sentence import Sentence
 
+BROADCASTS = ("aten.expand.default",)
+"""Ops that give one value to all positions of a dim that their operand lacks, and know how to make a part of it."""
+
 
 def constants(program: Program) -> Program:
     """Move cuts up, from the last op to the first; only rows of the table change."""
@@ -86,6 +89,13 @@ def _made_cut(
         solution = solve(sentence, ins, program.mesh, early=early)
     except (ValueError, LayoutError, PlacementError):
         return None
+    result = solution.results[0]
+    if op_name(node) in BROADCASTS:
+        result = _broadcast(sentence, result, want, "H" if node.name in grads else "RH")
+    if node.name not in grads:
+        result = _without_gradient(result, want)
+    if result != want or any(n.dims != p.dims for n, p in zip(solution.operands, ins, strict=True)):
+        return None
     cut: set[torch.fx.Node] = set()
     for i, (x, old, new) in enumerate(zip(call.operands, row.operands, solution.operands, strict=True)):
         have = table[x.name].settled[0]
@@ -95,13 +105,20 @@ def _made_cut(
             cut.add(x)
         if x.name in grads and any(h == "R" and n == "S" for h, n in zip(have.letters, new.letters, strict=True)):
             return None  # a gather in backward
-    result = solution.results[0] if node.name in grads else _without_gradient(solution.results[0], want)
-    if result != want or any(n.dims != p.dims for n, p in zip(solution.operands, ins, strict=True)):
-        return None
     if sum(math.prod(program.shape(x)) for x in cut) > math.prod(program.shape(node)):
         return None
     reason = f"{solution.reason}; made cut, as all its users want it"
     return replace(row, operands=solution.operands, results=(want,), settled=(want,), reason=reason)
+
+
+def _broadcast(sentence: Sentence, result: Placement, want: Placement, free: str) -> Placement:
+    """``result``, cut as wanted along the dims that no operand has, over the axes on which it is ``free``."""
+    inherited = {label for labels in sentence.operands for label in labels}
+    new = [label not in inherited for label in sentence.results[0]]
+    dims = tuple(w if is_new else d for w, d, is_new in zip(want.dims, result.dims, new, strict=True))
+    over = frozenset[int]().union(*(axes_of(d) for d, is_new in zip(want.dims, new, strict=True) if is_new))
+    letters = tuple("S" if a in over and x in free else x for a, x in enumerate(result.letters))
+    return Placement(letters, dims)
 
 
 def _upwards(sentence: Sentence, want: Placement, mesh: Mesh) -> dict[str | None, Layout]:

@@ -208,7 +208,7 @@ WRONG = (
     Wrong("sort needs nothing whole", _facts("sort.default", whole={})),
     Wrong("topk needs nothing whole", _text("topk.default", "... -> ..., ..."), (call("topk.default", real(4, 6), 6),)),
     Wrong("a triangle needs nothing whole", _text("tril.default", "... -> ...", linear="each")),
-    Wrong("reflection needs nothing whole", _facts("pad.default", whole={}), (call("pad.default", real(4, 4), [1, -1]),)),
+    Wrong("padding needs nothing whole", _text("pad.default", "... -> ..."), (call("pad.default", real(4, 4), [1, -1]),)),
     Wrong("a maximum is a sum", Rule("aten.amax.default", rules._reduction(True, ""))),
     Wrong("argmax is a sum", Rule("aten.argmax.default", rules._reduction(True, ""))),
     Wrong("a product is a sum", Rule("aten.prod.dim_int", rules._reduction(True, ""))),
@@ -236,15 +236,13 @@ WRONG = (
     Wrong("a gated unit interleaves its halves", Rule("aten.glu.default", _other_way_round)),
     Wrong("cat joins back to front", Rule("aten.cat.default", _reversed_parts)),
     Wrong("split hands out back to front", replace(RULES["aten.split.sizes"], row=_reversed_parts)),
-    Wrong("cat joins without segments", _text("cat.default", "a ..., b ... -> a ...", linear="joint"), (
-        call("cat.default", [real(4, 2), real(4, 2)]),)),
     Wrong("gather needs nothing whole", _facts("gather.default", whole={})),
-    Wrong("an index needs nothing whole", _facts("index.Tensor", whole={})),
+    Wrong("an index picks a sum", _facts("index.Tensor", whole={}, sums=True)),
+    Wrong("gather picks a sum", _facts("gather.default", whole={}, sums=True)),
     Wrong("scatter needs nothing whole", _facts("scatter_add.default", whole={})),
     Wrong("index_add is linear together with its index", _facts("index_add.default", linear="joint")),
     Wrong("index_put needs nothing whole", _facts("index_put.default", whole={})),
     Wrong("expand_as reads only the shape", _text("expand_as.default", "..., ... -> ...", references=frozenset({1}))),
-    Wrong("bucketize needs no whole boundaries", _text("bucketize.Tensor", "..., b -> ...", sums=True)),
     Wrong("prelu has a slope per row", _text("prelu.default", "a b, a -> a b"), (
         call("prelu.default", real(4, 4), real(4)),)),
     *(

@@ -113,6 +113,8 @@ class GPTSizes:
 
 
 class CausalSelfAttention(nn.Module):
+    allowed: Tensor
+
     def __init__(self, sizes: GPTSizes):
         super().__init__()
         self.c_attn = nn.Linear(sizes.width, 3 * sizes.width)

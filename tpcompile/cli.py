@@ -57,7 +57,9 @@ ModelText = Annotated[
 SpecFile = Annotated[
     str | None,
     typer.Option(
-        "--spec", metavar="FILE", help="The .tpspec to use; by default the shipped one for the model's class, or a plan."
+        "--spec",
+        metavar="FILE",
+        help="The .tpspec to use; by default the shipped one for the model's class, or a plan.",
     ),
 ]
 Degree = Annotated[int, typer.Option("--tp", metavar="N", min=1, help="The number of ranks.")]

@@ -143,12 +143,12 @@ def _config(transformers: Any, text: str, target: str) -> tuple[Any, Path | None
             config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         return config, path.parent, path.name
     if path.is_file():
-        with _reported(f"{text}: {target} is not a config.json of transformers"):
+        with _reported(f"{text}: {path} is not a config.json of transformers"):
             values = json.loads(path.read_text())
             kind = values.pop("model_type", None)
             if kind is None:
                 raise TpcompileError(
-                    f"{text}: {target} has no model_type", help="it must be the config.json of a model"
+                    f"{text}: {path} has no model_type", help="it must be the config.json of a model"
                 )
             return _of_type(transformers, kind, text, values), path.parent, None
     if os.sep in target or path.suffix in (".json", ".gguf"):

@@ -31,8 +31,9 @@ from tpcompile.errors import ShardingError, Where
 from tpcompile.globs import fold
 from tpcompile.layout import axes_of
 from tpcompile.passes import PIPELINE
-from tpcompile.passes.axes import Use, axes, candidates, divide, uses_of
+from tpcompile.passes.axes import Use, axes, candidates, cuttable, divide_atoms, uses_of
 from tpcompile.passes.canonicalize import VIEWS
+from tpcompile.passes.decompose import DECOMPOSITIONS
 from tpcompile.passes.place import needs_grad
 from tpcompile.program import Program, Structure, where
 from tpcompile.report import sizes_at
@@ -82,12 +83,14 @@ class _Axis:
 
     index: int  # in the planner's list
     atoms: tuple[Atom, ...]
-    units: tuple[int, ...]  # nested sizes that may be cut, outermost first
+    index_space: Term  # the finest index of a weight along it
+    units: tuple[Atom, ...]  # what may be cut of that, outermost first
     words: dict[str, str] = field(default_factory=dict[str, str])  # weight -> the word that claims it for this axis
     vocabulary: bool = False
     saved: int = 0  # parameter bytes that a rank is spared
     sent: int = 0  # bytes that a rank sends for it in one step
     refused: _Reason | None = None
+    outweighed: bool = False  # refused because axes that exclude it are worth more
 
     @property
     def worth(self) -> float:
@@ -132,9 +135,9 @@ class _Planner:
 
         for use in self._uses():
             for part in segments(use.column) if use.column is not None else ():
-                join(_free(part))
+                join(cuttable(part))
             if use.row is not None:
-                join(candidates(use.row) if use.table else _free(use.row))
+                join(candidates(use.row) if use.table else cuttable(use.row))
         order = {key: i for i, key in enumerate(seen)}
         groups = sorted(
             (sorted(g, key=order.__getitem__) for g in nx.connected_components(joined)), key=lambda g: order[g[0]]
@@ -150,7 +153,7 @@ class _Planner:
         """The axis of these atoms if it is an inner one or a vocabulary."""
         inside = {id(a) for a in members}
         made = summed = looked_up = head = False
-        units: list[Atom] = []
+        finest: tuple[Term, list[Atom]] = (members[0], [])
         words: dict[str, str] = {}
         for name, uses in self.weights.items():
             for use in uses:
@@ -159,13 +162,13 @@ class _Planner:
                         made = True
                         head = head or _is_head(use)
                         words.setdefault(name, "column")
-                        units = max(units, [a for a in candidates(part) if id(a) in inside], key=len)
+                        finest = max(finest, (part, [a for a in candidates(part) if id(a) in inside]), key=_fineness)
                 if use.row is not None and _has(use.row, inside):
                     summed = summed or not use.table
                     looked_up = looked_up or (use.table and _from_input(use.node.args[1]))
                     if use.table:
                         words[name] = "vocab"
-                        units = max(units, candidates(use.row), key=len)
+                        finest = max(finest, (use.row, candidates(use.row)), key=_fineness)
                     else:
                         words.setdefault(name, "row")
         inner = made and summed
@@ -173,7 +176,7 @@ class _Planner:
             return None
         if not inner:
             words = dict.fromkeys(words, "vocab")
-        return _Axis(-1, tuple(members), tuple(a.size for a in units), words, vocabulary=not inner)
+        return _Axis(-1, tuple(members), finest[0], tuple(finest[1]), words, vocabulary=not inner)
 
     def _exclude(self) -> None:
         """Two axes on two dims of one value cannot be cut over the same ranks; nor can one on both."""
@@ -214,7 +217,7 @@ class _Planner:
         grads = needs_grad(self.program)
         charged: set[tuple[int, torch.fx.Node]] = set()
 
-        def charge(axis: _Axis, node: torch.fx.Node, times: int) -> None:
+        def charge(axis: _Axis, node: torch.fx.Node, times: float) -> None:
             if (id(axis), node) not in charged:
                 charged.add((id(axis), node))
                 axis.sent += int(times * share * self._bytes(node))
@@ -234,6 +237,8 @@ class _Planner:
                 for axis in dict.fromkeys(a for found in carried for a in found):
                     if axis not in kept and sentence.sums:
                         charge(axis, node, 2)
+                    if op_name(node) in DECOMPOSITIONS and (along := self._whole(axis, node, sentence)):
+                        charge(axis, node, 8 / along)  # two statistics of the axis, and the same backward
                     for i, (x, found) in enumerate(zip(operands, carried, strict=True)):
                         if axis not in found and x.name in grads and i not in sentence.references:
                             charge(axis, x, 2)  # backward, in front of what is cut
@@ -255,6 +260,13 @@ class _Planner:
         except ValueError:
             return None
 
+    def _whole(self, axis: _Axis, node: torch.fx.Node, sentence: Sentence) -> int:
+        """Positions of the dim along which the op reads the whole axis; 0 if it does not."""
+        for label, term in zip(sentence.operands[0], self._dims(self.program.call(node).operands[0]), strict=True):
+            if label in sentence.whole and axis in self._on([term]):
+                return size(term)
+        return 0
+
     def _bytes(self, node: torch.fx.Node) -> int:
         """Bytes of a value at the example inputs."""
         tensors = [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
@@ -268,12 +280,13 @@ class _Planner:
         possible = frozenset(axis.index for axis in self.axes if axis.refused is None)
         chosen = heaviest(self.conflicts.subgraph(possible), [axis.worth for axis in self.axes])
         for index in possible - chosen:
+            self.axes[index].outweighed = True
             self.axes[index].refused = _Reason(f"{_units(self.axes[index])} {OTHER_INDEX}")
         return [self.axes[index] for index in sorted(chosen)]
 
     def _too_small(self, axis: _Axis) -> _Reason | None:
         degree = self.program.degree
-        if divide(axis.units, degree) is None:
+        if divide_atoms(axis.index_space, axis.units, degree) is None:
             return _Reason(f"{_units(axis)} cannot be divided among {degree} ranks")
         if axis.vocabulary and axis.saved < axis.sent:
             saved, sent = (f"{n:,}".replace(",", " ") for n in (axis.saved, axis.sent))
@@ -320,8 +333,8 @@ class _Planner:
         return suspects[0]
 
 
-def _free(term: Term) -> list[Atom]:
-    return [a for a in candidates(term) if not a.pins]
+def _fineness(found: tuple[Term, list[Atom]]) -> int:
+    return len(found[1])
 
 
 def _has(term: Term, inside: set[int]) -> bool:
@@ -348,7 +361,7 @@ def _from_input(node: Any) -> bool:
 
 
 def _units(axis: _Axis) -> str:
-    return " x ".join(map(str, axis.units)) + (" positions" if axis.units != (1,) else " position")
+    return " x ".join(str(a.size) for a in axis.units) + " positions"
 
 
 def _at(n: Any, sizes: Mapping[sympy.Symbol, int]) -> int:
@@ -487,16 +500,17 @@ def _why_whole(planner: _Planner, name: str, claimed: bool) -> _Reason:
 def _why_dim(planner: _Planner, term: Term, uses: Sequence[Use]) -> _Reason | None:
     for atom in candidates(term):
         axis = planner.of.get(id(atom))
-        if axis is not None:
-            if axis.refused is not None:
-                return axis.refused
-        elif atom.pins:
+        if axis is not None and axis.refused is not None and not (axis.outweighed and atom.pins):
+            return axis.refused
+        if axis is not None and axis.refused is None:
+            continue
+        if atom.pins:
             return _Reason(atom.pins[0].reason, where(atom.pins[0].node))
-        elif any(u.table and u.row is not None and _has(u.row, {id(atom)}) for u in uses):
+        if any(u.table and u.row is not None and _has(u.row, {id(atom)}) for u in uses):
             return _Reason("its rows are looked up by computed positions, not by an input of the model")
-        elif any(u.column is not None and _has(u.column, {id(atom)}) for u in uses):
+        if any(u.column is not None and _has(u.column, {id(atom)}) for u in uses):
             return _Reason("no weight sums over its columns")
-        elif uses:
+        if uses:
             return _Reason("no weight makes the features that it sums over")
     return None
 
