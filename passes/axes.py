@@ -56,11 +56,14 @@ def axes(program: Program) -> Program:
         for use, term in _terms(program, claim):
             (rows if claim.word == "row" else wanted).append((claim, term, use))
     plan: list[_Planned] = []
-    considered: set[int] = set()  # atoms left whole on purpose by the plan of a finer term (kv heads, replicated)
+    cut: set[int] = set()
+    considered: set[int] = set()  # what stands beside a cut atom is left whole on purpose (kv heads, a head's inside)
+    beside = _beside(program)
     refused: list[tuple[Term, ShardingError]] = []
     segmented = [(claim, term, part) for claim, term, _ in wanted for part in segments(term)]
     for claim, term, part in sorted(segmented, key=lambda item: -len(candidates(item[2]))):
-        if any(id(a) in considered for a in atoms(part)):
+        inside = {id(a) for a in candidates(part)}
+        if inside & cut or (inside and inside <= considered):
             continue
         before = 1
         try:
@@ -68,15 +71,16 @@ def axes(program: Program) -> Program:
         except ShardingError as error:
             refused.append((term, error))
             continue
-        considered |= {id(a) for a in candidates(part) if not a.pins}
-        for cut, over in chosen:
-            considered |= {id(a) for a in cut}
-            plan.append(_Planned(cut, before, over, claim))
+        for together, over in chosen:
+            for atom in together:
+                cut.add(id(atom))
+                considered |= beside[id(atom)]
+            plan.append(_Planned(together, before, over, claim))
             before *= over
     for term, error in refused:  # a fused weight whose segments are cut one by one may keep some of them whole
-        if not any(id(a) in considered for a in atoms(term)):
+        if not any(id(a) in cut for a in atoms(term)):
             raise error
-    _check_rows(program, rows, {id(a) for p in plan for a in p.atoms}, wanted)
+    _check_rows(program, rows, cut, wanted)
     mesh = _mesh(program.degree, plan)
     cuts = tuple(
         Cut(p.atoms, _axes_between(mesh, p.before, p.before * p.over), p.claim.parameter, p.claim) for p in plan
@@ -85,14 +89,28 @@ def axes(program: Program) -> Program:
     return program.with_(mesh=mesh, cuts=cuts, parameters=_layouts(program, cuts, whole), whole=whole)
 
 
+def _beside(program: Program) -> dict[int, set[int]]:
+    """For every atom of a parameter those that stand in one product with it, in any parameter."""
+    assert program.structure is not None
+    found: dict[int, set[int]] = {}
+    for part in (p for dims in program.structure.parameters.values() for term in dims for p in segments(term)):
+        inside = {id(a) for a in candidates(part)}
+        for atom in inside:
+            found.setdefault(atom, set()).update(inside)
+    return found
+
+
 def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
-    """The index that a line means, for every weight it claims (biases and norms have none of their own)."""
+    """The index that a line means, for every weight it claims (biases and norms have none of their own).
+
+    Of a weight whose uses disagree (a tied autoencoder's ``W`` and ``W.T``), the first use is meant.
+    """
     structure = program.structure
     assert structure is not None
     dims = structure.parameters.get(claim.parameter)
     if dims is None or len(dims) < 2:
         return
-    uses = list(uses_of(program, claim.parameter))
+    uses = uses_of(program, claim.parameter)
     if not uses:
         raise ShardingError(
             f"`{claim.word}` claims {claim.parameter}, which is not the weight of a Linear or an Embedding",
@@ -100,6 +118,7 @@ def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
             why="no matrix product, convolution or lookup reads it",
             help="remove it from the line, or say `replicate`",
         )
+    first: Term | None = None
     for use in uses:
         if claim.word == "vocab":
             term = use.row if use.table else use.column
@@ -107,14 +126,18 @@ def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
             term = None if use.table else use.row
         else:
             term = use.column
-        if term is not None:
+        if term is None:
+            continue
+        first = term if first is None else first
+        if claim.word == "vocab" or any(a is b for a in atoms(first) for b in atoms(term)):
             yield use, term
 
 
-def uses_of(program: Program, parameter: str) -> Iterator[Use]:
-    """Every product or lookup that reads a parameter, directly or through transposes, casts and reshapes."""
+def uses_of(program: Program, parameter: str) -> list[Use]:
+    """Every product or lookup that reads a parameter, directly or through transposes, casts, reshapes and picks."""
     structure = program.structure
     assert structure is not None
+    found: list[Use] = []
     pending = list(program.graph.find_nodes(op="get_attr", target=parameter))
     seen = set(pending)
     while pending:
@@ -129,12 +152,14 @@ def uses_of(program: Program, parameter: str) -> Iterator[Use]:
             except ValueError:
                 continue
             index = call.operands.index(node)
-            if sentence.sums and len(call.operands) > 1:
+            others = call.operands[:index] + call.operands[index + 1 :]
+            if sentence.sums and others:
                 seen.add(user)
-                yield _use(program, user, sentence, index)
-            elif len(call.operands) == 1 and not sentence.sums:
+                found.append(_use(program, user, sentence, index))
+            elif not sentence.sums and not any(x.meta["val"].is_floating_point() for x in others):
                 seen.add(user)
                 pending.append(user)
+    return sorted(found, key=lambda use: use.node)  # in the order of the graph
 
 
 def _use(program: Program, node: torch.fx.Node, sentence: Sentence, index: int) -> Use:

@@ -16,7 +16,7 @@ import torch.fx
 
 from tpcompile import collectives, kernels
 from tpcompile.errors import ShardingError
-from tpcompile.layout import Layout, axes_of, drop, positions, relative_runs, whole_segments
+from tpcompile.layout import Layout, axes_of, drop, positions, relative_runs, same, whole_segments
 from tpcompile.localize import LocalCall, per_rank
 from tpcompile.passes.place import needs_grad
 from tpcompile.placement import Placement, uncut
@@ -214,7 +214,8 @@ class _Emitter:
                     _with_dim(current.dims, dim, _only(want.dims[dim], axes_of(current.dims[dim]) | set(over))),
                 )
         go(axes("R", "P"), "P")
-        if steps and current.letters != want.letters:
+        arrived = all(same(a, b, self.mesh) for a, b in zip(current.dims, want.dims, strict=True))
+        if current.letters != want.letters or not arrived:
             raise AssertionError(f"no way from {have} to {want} for {node.name}")
         return steps
 

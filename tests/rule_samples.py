@@ -166,8 +166,16 @@ PRODUCTS = (
     *(
         call("matmul.default", real(*a), real(*b))
         for a, b in [
-            ((6,), (6,)), ((4, 6), (6,)), ((6,), (6, 4)), ((3, 6), (6, 4)), ((4, 3, 6), (6, 2)), ((4, 3, 6), (6,)),
-            ((2, 4, 3, 6), (4, 6, 2)), ((1, 3, 6), (4, 6, 2)), ((4, 6), (3, 6, 2)), ((6,), (4, 6, 3)),
+            ((6,), (6,)),
+            ((4, 6), (6,)),
+            ((6,), (6, 4)),
+            ((3, 6), (6, 4)),
+            ((4, 3, 6), (6, 2)),
+            ((4, 3, 6), (6,)),
+            ((2, 4, 3, 6), (4, 6, 2)),
+            ((1, 3, 6), (4, 6, 2)),
+            ((4, 6), (3, 6, 2)),
+            ((6,), (4, 6, 3)),
         ]
     ),
     call("einsum.default", "bqhd,bkhd->bhqk", [real(1, 2, 4, 3), real(1, 2, 4, 3)]),
@@ -226,8 +234,9 @@ NORMS = (
     call("rms_norm.default", real(2, 4, 3), [3], real(3)),
     call("batch_norm.default", real(2, 3), None, None, statistics(3), statistics(3), False, 0.1, 1e-5, False),
     replace(
-        call("batch_norm.default", real(2, 2, 1), real(2), real(2), statistics(2), statistics(2), False, 0.1, 1e-5, False),
-        degrees=(2,), letters="RH",
+        call("batch_norm.default", real(2, 2, 1), real(2), real(2), *[statistics(2)] * 2, False, 0.1, 1e-5, False),
+        degrees=(2,),
+        letters="RH",
     ),
     call("batch_norm.default", real(4, 2), real(2), real(2), None, None, True, 0.1, 1e-5, False),
     call("group_norm.default", real(2, 4, 3), 2, real(4), real(4)),

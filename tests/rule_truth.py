@@ -14,7 +14,7 @@ import importlib
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -138,7 +138,8 @@ class Case:
         target = getattr(getattr(getattr(torch.ops, namespace), name), overload)
         self.node = self.graph.call_function(target, args, kwargs)
         self.differentiable = [
-            isinstance(g, Given) and not g.constant and (g.dtype.is_floating_point or g.dtype.is_complex) for g in self.given
+            isinstance(g, Given) and not g.constant and (g.dtype.is_floating_point or g.dtype.is_complex)
+            for g in self.given
         ]
         leaves = [x.clone().requires_grad_() if d else x for x, d in zip(self.inputs, self.differentiable, strict=True)]
         given = dict(zip(placeholders, leaves, strict=True))
@@ -244,7 +245,9 @@ def grid_placements(x: Tensor, mesh: Mesh, letters: str = "RHP") -> list[Placeme
         if first == second and isinstance(first, int):
             n, (a, b) = x.shape[first], mesh.sizes
             layouts[first] = [Leaf(n, (0, 1))] if n >= a * b else []
-            layouts[first] += [product([Leaf(k, (0,)), Leaf(n // k, (1,))]) for k in range(a, n) if n % k == 0 and n // k >= b]
+            layouts[first] += [
+                product([Leaf(k, (0,)), Leaf(n // k, (1,))]) for k in range(a, n) if n % k == 0 and n // k >= b
+            ]
             layouts[first] += [concat([Leaf(k, (0,)), Leaf(n - k, (1,))]) for k in range(a, n - b + 1)][:1]
         else:
             for axis, choice in ((0, first), (1, second)):
@@ -290,7 +293,7 @@ def _assembled(parts: Sequence[Tensor], placed: Placement, mesh: Mesh, ranks: Se
 
 
 def given_values(x: Tensor, placed: Placement, mesh: Mesh, generator: torch.Generator) -> list[Tensor]:
-    """``x`` on every rank in the state ``placed``: its part; over P axes terms that add up to it, alike over R and H."""
+    """``x`` on every rank in the state ``placed``: its part; over P axes terms that add up to it, alike over R, H."""
     found = [_local(x, placed, mesh, r) for r in range(mesh.degree)]
     for group in _groups(mesh, _axes(placed, "P")):
         rest = found[group[0]]
@@ -406,7 +409,11 @@ def typing_errors(sentence: Sentence, solution: Solution, case: Case, mesh: Mesh
             for i, at in enumerate(case.tensors)
             if i not in sentence.references and case.differentiable[at]
         ]
-        made = [p.letters[axis] for p, y in zip(solution.results, case.outputs, strict=True) if y.is_floating_point() or y.is_complex()]
+        made = [
+            p.letters[axis]
+            for p, y in zip(solution.results, case.outputs, strict=True)
+            if y.is_floating_point() or y.is_complex()
+        ]
         if not read or not made:
             continue
         if any(x == "R" for x in read) and any(x != "R" for x in [*read, *made]):
@@ -416,11 +423,11 @@ def typing_errors(sentence: Sentence, solution: Solution, case: Case, mesh: Mesh
 
 
 @contextlib.contextmanager
-def emission_with(rule: Rule) -> Iterator[None]:
+def emission_with(rule: Rule) -> Generator[None]:
     """Emission knows ``rule`` alone, and gives its graphs no Python code: the simulation interprets them."""
     with (
         mock.patch.object(EMISSION, "RULES", {rule.op: rule}),
-        mock.patch.object(torch.fx.GraphModule, "recompile", lambda _: None),
+        mock.patch.object(torch.fx.GraphModule, "recompile", return_value=None),
     ):
         yield
 

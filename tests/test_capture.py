@@ -1016,8 +1016,8 @@ FAULTS: list[tuple[type[Faulty], str, str, str]] = [
     (SizesByData, "SizesByData cannot be captured: a size or a number in its forward is the value of a tensor",
      "aten.index.Tensor gives what only the data know", HELP_VALUE),
     (CallsFunction, "torch.autograd.Function 'Doubled' cannot be captured",
-     "its forward would be traced and its own backward lost, so gradients would be wrong",
-     "write the operation with ordinary tensor ops, or as a torch.library.custom_op"),
+     "its forward would be traced and its backward lost, which is not the derivative of its forward",
+     "write the operation with ordinary tensor ops and detach(), or as a torch.library.custom_op"),
     (Reentrant, "reentrant activation checkpointing cannot be captured",
      "its backward re-runs Python code, which a graph does not have",
      "pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or switch checkpointing off"),
@@ -1060,6 +1060,33 @@ def test_what_cannot_be_captured_is_told_at_its_line(kind: type[Faulty], what: s
     assert said[4:] == [f"  help: {help}"]
     assert "torch.export" not in "\n".join(said)
     assert snapshot(model) == before
+
+
+class OwnCube(torch.autograd.Function):
+    """A backward that is the derivative; forward and context apart, as in newer code."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return factor * x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] * 3 * ctx.factor * ctx.saved_tensors[0] ** 2, None
+
+
+def test_a_function_whose_backward_is_the_derivative_is_inlined() -> None:
+    class Cubed(Faulty):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return OwnCube.apply(self.linear(x), 0.5)  # pyright: ignore[reportReturnType]
+
+    model = Cubed().double()
+    captured = capture(model, *floats(-1, 4)(3, 0))
+    assert difference(model, captured, floats(-1, 4)(2, 0)) < 1e-13
 
 
 def test_an_output_that_hides_tensors_is_refused() -> None:

@@ -160,7 +160,8 @@ def in_float32(name: str) -> Answers:
     with Issued(issued, "backward"):
         torch.autograd.backward(leaves, cotangents(leaves))
     answers |= {"issued": issued, "said": said(tp)}
-    model.eval(), tp.eval()
+    model.eval()
+    tp.eval()
     answers |= {"eval": step(model, tp, inputs), "variants": len(tp._variants)}
     answers["eval, other sizes"] = forward_only(model, tp, longer(inputs))
     answers["variants after other sizes"] = len(tp._variants)

@@ -20,7 +20,7 @@ from tpcompile import kernels, rules
 from tpcompile.layout import Leaf, Mesh, axes_of
 from tpcompile.localize import LocalCall
 from tpcompile.placement import PlacementError, cut_as, solve, uncut
-from tpcompile.rules import ROWS, RULES, Rule, table
+from tpcompile.rules import ROWS, RULES, Rule, _names, table
 from tpcompile.sentence import Call, Sentence, parse_row, reshape_sentence
 
 NOWHERE = {
@@ -196,7 +196,8 @@ WRONG = (
     Wrong("attention is linear in its queries", _facts("scaled_dot_product_attention.default", linear=frozenset({0}))),
     Wrong("attention needs no whole keys", _facts("scaled_dot_product_attention.default", whole={})),
     Wrong("softmax needs nothing whole", _text("softmax.int", "... -> ...")),
-    Wrong("softmax needs the other dim whole", _text("softmax.int", "d! ... -> d ..."), (call("softmax.int", real(4, 6), 1),)),
+    Wrong("softmax needs the other dim whole", _text("softmax.int", "d! ... -> d ..."), (
+        call("softmax.int", real(4, 6), 1),)),
     Wrong("log_softmax needs nothing whole", _facts("log_softmax.int", whole={})),
     Wrong("layer_norm needs nothing whole", _facts("layer_norm.default", whole={})),
     Wrong("rms_norm needs nothing whole", _facts("rms_norm.default", whole={})),
@@ -208,7 +209,8 @@ WRONG = (
     Wrong("sort needs nothing whole", _facts("sort.default", whole={})),
     Wrong("topk needs nothing whole", _text("topk.default", "... -> ..., ..."), (call("topk.default", real(4, 6), 6),)),
     Wrong("a triangle needs nothing whole", _text("tril.default", "... -> ...", linear="each")),
-    Wrong("padding needs nothing whole", _text("pad.default", "... -> ..."), (call("pad.default", real(4, 4), [1, -1]),)),
+    Wrong("padding needs nothing whole", _text("pad.default", "... -> ..."), (
+        call("pad.default", real(4, 4), [1, -1]),)),
     Wrong("a maximum is a sum", Rule("aten.amax.default", rules._reduction(True, ""))),
     Wrong("argmax is a sum", Rule("aten.argmax.default", rules._reduction(True, ""))),
     Wrong("a product is a sum", Rule("aten.prod.dim_int", rules._reduction(True, ""))),
@@ -247,13 +249,17 @@ WRONG = (
         call("prelu.default", real(4, 4), real(4)),)),
     *(
         Wrong(f"{op} keeps its sizes", _without(op, "localize"))
-        for op in ["view.default", "reshape.default", "expand.default", "unflatten.int", "slice.Tensor", "narrow.default", "select.int", "split.Tensor", "split_with_sizes.default", "chunk.default", "squeeze.default", "squeeze.dim"]
+        for op in _names("""view.default reshape.default expand.default unflatten.int slice.Tensor narrow.default
+        select.int split.Tensor split_with_sizes.default chunk.default squeeze.default squeeze.dim""")
     ),
 )  # fmt: skip
 
 
 def test_planted_wrong_rows_are_caught() -> None:
-    survivors = [w.what for w in WRONG if not check(w.rule, w.samples or samples_of(w.rule.op), first_only=True).failures]
+    def is_caught(wrong: Wrong) -> bool:
+        return bool(check(wrong.rule, wrong.samples or samples_of(wrong.rule.op), first_only=True).failures)
+
+    survivors = [wrong.what for wrong in WRONG if not is_caught(wrong)]
     print(f"killed {len(WRONG) - len(survivors)} of {len(WRONG)} planted wrong rows")
     assert survivors == []
 
@@ -355,5 +361,3 @@ def test_the_report_adds_up() -> None:
     one = check(RULES["aten.exp.default"], [call("exp.default", positive(2, 3))])
     two = one + Report(tried=1, failures=["x"])
     assert (two.tried, two.ran, two.failures) == (one.tried + 1, one.ran, ["x"])
-
-

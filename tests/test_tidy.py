@@ -46,6 +46,8 @@ CUTS: list[dict[str, Any]] = [
     {"x": Given((3, 8)), "dim": 1, "parts": scattered, "group": "tp"},
     {"x": Given((12,)), "dim": 0, "parts": even, "group": "tp"},
 ]
+
+
 def product(x: tuple[int, ...], w: tuple[int, ...], b: int) -> dict[str, Given]:
     return {"x": Given(x), "w": Given(w), "b": Given((b,))}
 

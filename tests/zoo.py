@@ -216,11 +216,11 @@ MODELS: Mapping[str, Entry] = {
     "llama_gqa": Entry(_decoder("LlamaForCausalLM", 8, 4), _ids),
     # 4 ranks on 2 kv heads: the mesh is factored, 4 = 2 * 2
     "llama_few_kv": Entry(_decoder("LlamaForCausalLM", 8, 2), _ids, degrees=(2, 4)),
+    "llama_mqa": Entry(_decoder("LlamaForCausalLM", 8, 1), _ids, degrees=(2, 3)),
     # SmolLM2's head counts and its tied head: 9 heads on 3 kv heads, a vocabulary that nothing divides
     "llama_uneven": Entry(
         _decoder("LlamaForCausalLM", 9, 3, hidden_size=72, vocab_size=127, tie_word_embeddings=True),
         lambda: {"input_ids": torch.randint(1, 127, (BATCH, LENGTH)), "use_cache": False},
-        degrees=(2, 3),
     ),
     "qwen2": Entry(_decoder("Qwen2ForCausalLM", 8, 4), _ids),
     "qwen3": Entry(_decoder("Qwen3ForCausalLM", 8, 4), _ids),

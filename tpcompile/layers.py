@@ -16,6 +16,9 @@ import torch
 import torch.fx
 from torch import nn
 
+from tpcompile.rules import op_name
+from tpcompile.sentence import argument
+
 
 class Layer(nn.Module):
     """One repeated layer: its parameters under their original names, and the code of each call of it."""
@@ -87,8 +90,21 @@ def nest(graph: torch.fx.Graph, layers: frozenset[str]) -> tuple[torch.fx.Graph,
     return root, inside
 
 
+def is_random(node: torch.fx.Node) -> bool:
+    """Whether the op draws from the generator (fused attention only with dropout, which canonicalize writes out)."""
+    if node.op != "call_function":
+        return False
+    name = op_name(node)
+    if name == "aten.scaled_dot_product_attention.default":
+        return argument(node, "dropout_p") != 0.0
+    return name == "dropout_part" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def _segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[_Segment]:
-    """Runs of nodes of one layer; nodes outside that need nothing of the open layer go in front of it."""
+    """Runs of nodes of one layer; nodes outside that need nothing of the open layer go in front of it.
+
+    What draws random numbers stays where it is: they are drawn in the order of one device.
+    """
     done: list[_Segment] = []
     before: list[torch.fx.Node] = []
     current: _Segment | None = None
@@ -98,13 +114,8 @@ def _segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[_Segment]:
         path = next((m for m in node.meta.get("modules") or () if m in layers), None)
         if node.op != "call_function":
             path = None
-        if (
-            current is not None
-            and path is None
-            and node.op != "output"
-            and moves
-            and not set(node.all_input_nodes) & reached
-        ):
+        fixed = not moves or node.op == "output" or is_random(node)
+        if current is not None and path is None and not fixed and not reached & set(node.all_input_nodes):
             before.append(node)
             continue
         if current is None or path != current.path:
@@ -182,4 +193,4 @@ def module_at(root: nn.Module, path: str, layers: Iterable[str]) -> nn.Module:
     return module
 
 
-__all__ = ["Functions", "Layer", "module_at", "nest", "repeated_layers"]
+__all__ = ["Functions", "Layer", "is_random", "module_at", "nest", "repeated_layers"]

@@ -300,6 +300,8 @@ def regroup(dims: Sequence[Layout], sizes: Sequence[int], mesh: Mesh) -> tuple[L
     stack: list[Layout] = []
     for d in dims:
         stack += d.factors if isinstance(d, Product) else (d,)
+    if any(size(f) == 1 and axes_of(f) for f in stack):
+        raise LayoutError(f"one position is cut in {[str(d) for d in dims]}")
     stack = [f for f in stack if size(f) != 1]
     result: list[Layout] = []
     for wanted in reversed(sizes):

@@ -147,9 +147,7 @@ def _config(transformers: Any, text: str, target: str) -> tuple[Any, Path | None
             values = json.loads(path.read_text())
             kind = values.pop("model_type", None)
             if kind is None:
-                raise TpcompileError(
-                    f"{text}: {path} has no model_type", help="it must be the config.json of a model"
-                )
+                raise TpcompileError(f"{text}: {path} has no model_type", help="it must be the config.json of a model")
             return _of_type(transformers, kind, text, values), path.parent, None
     if os.sep in target or path.suffix in (".json", ".gguf"):
         raise TpcompileError(
@@ -181,8 +179,13 @@ def _changed(config: Any, changes: Mapping[str, Any], text: str) -> Any:
                 f"{text}: {type(config).__name__} has no {key!r}",
                 help=_did_you_mean(key, known) or f"it has {', '.join(sorted(known)[:12])}, ...",
             )
+    stored = config.to_diff_dict()
+    for key, value in stored.items():  # one entry a layer: as many as there are layers now
+        for changed, new in changes.items():
+            if isinstance(value, list) and key not in changes and len(value) == getattr(config, changed) and new:
+                stored[key] = (value * -(-new // len(value)))[:new]
     with _reported(f"{text}: {type(config).__name__} does not take these values"):
-        return type(config).from_dict({**config.to_diff_dict(), **changes})
+        return type(config).from_dict({**stored, **changes})
 
 
 _HEADS = (  # the usual class of a model type: the first of these tables that has it
@@ -520,7 +523,7 @@ def _ids(config: Any) -> dict[str, Any]:
 def _tokens(config: Any, length: int, seed: int) -> torch.Tensor:
     """Token ids ``[2, length]``, none of them special, within vocabulary and positions."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    special = {getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "sep", "decoder_start")}
+    special = [getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "sep", "decoder_start")]
     listed = {token for value in special for token in (value if isinstance(value, list) else [value])}
     usable = [token for token in range(min(int(text.vocab_size), 256)) if token not in listed]
     positions = getattr(text, "max_position_embeddings", None)

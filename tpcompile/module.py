@@ -7,7 +7,7 @@ The code that runs is the rewritten graph, bound to this rank: local sizes fille
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
@@ -21,14 +21,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpcompile import shards
 from tpcompile.collectives import group_device, resolve_group, transition_of
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
-from tpcompile.errors import CaptureError, RuntimeMismatchError, TpcompileError
+from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.launch import check_same_program
-from tpcompile.layers import Functions, Layer, module_at, nest, repeated_layers
+from tpcompile.layers import Functions, Layer, is_random, module_at, nest, repeated_layers
 from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
 from tpcompile.program import Program
-from tpcompile.rules import op_name
-from tpcompile.sentence import argument
 from tpcompile.spec import Spec
 
 MAX_VARIANTS = 16
@@ -59,9 +57,7 @@ def compile(
             why="compile gives every rank its part of the weights",
             help="load the weights first; for a model without weights use tpcompile.rewrite or the command line",
         )
-    program = rewrite(
-        model, spec, degree=group.size(), example_inputs=call_arguments_as_inputs(model, example_inputs)
-    )
+    program = rewrite(model, spec, degree=group.size(), example_inputs=call_arguments_as_inputs(model, example_inputs))
     _check_same(program, group)
     _check_same_weights(model, group)
     assert program.spec is not None, "rewrite finds or plans one"
@@ -97,11 +93,15 @@ def _group(mesh: DeviceMesh | None) -> dist.ProcessGroup:
 def _check_same(program: Program, group: dist.ProcessGroup) -> None:
     """All ranks bring the same program, before the first of its collectives."""
     parameters = "\n".join(
-        f"{n}: {tuple(p.shape)} {p.dtype} as {[str(x) for x in program.parameters.get(n, ())]}"
+        f"{n}: {tuple(p.shape)} {p.dtype} as {_layout_text(program.parameters.get(n, ()), program.mesh)}"
         for n, p in program.captured.parameters.items()
     )
     described = f"{parameters}\n{program.text()}"
     check_same_program(f"{torch.__version__}\n{described}", group, described)
+
+
+def _layout_text(dims: Sequence[Layout], mesh: Mesh) -> str:
+    return mesh.named(f"[{', '.join(map(str, dims))}]")
 
 
 def _check_same_weights(model: nn.Module, group: dist.ProcessGroup) -> None:
@@ -141,7 +141,6 @@ class TensorParallel(nn.Module):
     def __init__(self, model: nn.Module, program: Program, spec: Spec, group: dist.ProcessGroup):
         super().__init__()
         captured = program.captured
-        self.training = model.training
         self._group = group
         self._spec = spec
         self._layouts = dict(program.parameters)
@@ -158,6 +157,7 @@ class TensorParallel(nn.Module):
             self.config = cast("Any", model).config
         self._fill(model, program)
         self._add_variant(program)
+        self.train(model.training)
 
     # ------------------------------------------------------------------------------------------------ parameters
     def _fill(self, model: nn.Module, program: Program) -> None:
@@ -186,11 +186,12 @@ class TensorParallel(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TensorParallel:
         sample = next(iter(self.parameters()), None)
-        if sample is not None and (changed := fn(sample.detach()[..., :0])) is not None:
-            if (changed.dtype, changed.device) != (sample.dtype, sample.device):
+        changed = sample if sample is None else fn(sample.detach().reshape(-1)[:0])
+        if sample is not None and changed is not None:
+            before, after = (f"{x.dtype} on {x.device}" for x in (sample, changed))
+            if before != after:
                 raise TpcompileError(
-                    f"a compiled module cannot be moved from {sample.dtype} on {sample.device} to {changed.dtype} on "
-                    f"{changed.device}",
+                    f"a compiled module cannot be moved from {before} to {after}",
                     why="dtypes and devices are part of the captured graph",
                     help="convert the model first, then compile it",
                 )
@@ -237,8 +238,22 @@ class TensorParallel(nn.Module):
             skeleton.train(self.training)
         program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs)
         _check_same(program, self._group)
+        self._check_layouts(program)
         variant = self._add_variant(program)
         return variant, program.captured.flatten(args, kwargs)
+
+    def _check_layouts(self, program: Program) -> None:
+        """Another call's graph must find the parameters as they are held."""
+        for name, needed in program.parameters.items():
+            held = self._layouts.get(name, ())
+            cut = any(axes_of(dim) for dim in (*held, *needed))
+            if cut and (program.mesh, needed) != (self._mesh, held):
+                raise ShardingError(
+                    f"this call needs {name} cut in another way than it is held",
+                    why=f"held as {_layout_text(held, self._mesh)}, needed as {_layout_text(needed, program.mesh)}: "
+                    "its graph ties the dims of parameters in another way than the one compiled first",
+                    help="compile with the arguments, and in the mode (train or eval), of this call",
+                )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own signature and outputs; whole (gathered) outputs on every rank."""
@@ -275,14 +290,6 @@ def rewrite_call(
 def captured_name(program: Program, name: str) -> str:
     """Canonical name of a buffer or parameter."""
     return program.captured.aliases.get(name, name)
-
-
-def is_random(node: torch.fx.Node) -> bool:
-    """Whether the op draws from the generator (fused attention only with dropout, which canonicalize writes out)."""
-    name = op_name(node)
-    if name == "aten.scaled_dot_product_attention.default":
-        return argument(node, "dropout_p") != 0.0
-    return name == "dropout_part" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _skeleton(model: nn.Module) -> nn.Module | None:

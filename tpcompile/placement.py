@@ -102,6 +102,8 @@ def _label_layouts(sentence: Sentence, ins: Sequence[Placement], mesh: Mesh) -> 
     found: dict[str, Layout] = {}
     for index, (labels, placed) in enumerate(zip(sentence.operands, ins, strict=True)):
         for label, layout in zip(labels, placed.dims, strict=True):
+            if label is None and axes_of(layout):
+                raise PlacementError("a dim of one position is cut", index)
             if label is not None and axes_of(layout):
                 if sentence.sizes[label] != size(layout):
                     raise PlacementError(f"{layout} meets a dim of {sentence.sizes[label]}", index)

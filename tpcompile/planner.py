@@ -1,10 +1,10 @@
 """Plans: a spec for any model, from its captured graph alone; names and classes are only written, never read.
 
 An inner axis is an index space that some weights make (their column index) and others sum over (their row index):
-attention heads, the width of an MLP. Cutting it costs one all-reduce behind the weights that sum, and one, backward,
-in front of those that make it; what lies between is local (Megatron-LM, section 3). No weight can have both indexes
+attention heads, the width of an MLP. Cutting it costs one all-reduce behind the weights that sum and, backward, one in
+front of those that make it; what lies between is local (Megatron-LM, section 3). No weight can have both of its indexes
 cut over the same ranks, so axes compete: a maximum-weight independent set is cut, where the weight of an axis is the
-parameter bytes that it saves per byte that its collectives send. The vocabulary is cut if that is more than one byte.
+parameter bytes that it saves per byte that its collectives send. A vocabulary is cut if that is more than one byte.
 A cut that placement refuses is dropped and its reason kept, so that a plan always compiles.
 """
 
@@ -15,7 +15,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -45,12 +45,12 @@ from tpcompile.structure import Atom, Cat, Prod, Term, atoms, factors, find, seg
 WORDS = ("column", "row", "vocab")
 """The words of a plan, in the order in which it writes them."""
 
+BEFORE, AFTER = PIPELINE[: PIPELINE.index(axes)], PIPELINE[PIPELINE.index(axes) :]
 COMMENT_WIDTH = 108
-OTHER_INDEX = "stay whole because the weights along them are cut along their other index"
 
 
 def plan(model: nn.Module, degree: int, example_inputs: Mapping[str, Any] | Sequence[Any] | None = None) -> Spec:
-    """A spec for ``model`` on ``degree`` ranks, made from its graph. Its ``text()`` has comments: what stays whole and why.
+    """A spec for ``model`` on ``degree`` ranks, made from its graph. Its ``text()`` says what stays whole, and why.
 
     Args:
         model: any module, unmodified; it may live on the meta device.
@@ -71,10 +71,25 @@ def plan_captured(captured: Captured, degree: int, inputs: tuple[tuple[Any, ...]
     """The plan of a model that is captured already; ``inputs`` are its example arguments."""
     program = Program(captured, captured.graph_module, degree)
     program = program.with_(sizes=sizes_at(program, captured.flatten(*inputs)))
-    for step in PIPELINE[: PIPELINE.index(axes)]:
+    for step in BEFORE:
         program = step(program)
     planner = _Planner(program)
-    return _written(planner, planner.settle())
+    return _written(planner, *planner.settle())
+
+
+@dataclass(frozen=True)
+class _Reason:
+    """Why something stays whole, and where the model says so."""
+
+    text: str
+    where: Where | None = None
+
+    def __str__(self) -> str:
+        if self.where is None:
+            return self.text
+        module, file = self.where.module, self.where.file
+        parts = [self.where.op or "", f"in {module}" if module else "", f"at {file}:{self.where.line}" if file else ""]
+        return f"{self.text} ({' '.join(filter(None, parts))})"
 
 
 @dataclass(eq=False)
@@ -83,10 +98,10 @@ class _Axis:
 
     index: int  # in the planner's list
     atoms: tuple[Atom, ...]
-    index_space: Term  # the finest index of a weight along it
+    space: Term  # the finest index of a weight along it
     units: tuple[Atom, ...]  # what may be cut of that, outermost first
-    words: dict[str, str] = field(default_factory=dict[str, str])  # weight -> the word that claims it for this axis
-    vocabulary: bool = False
+    words: Mapping[str, str]  # weight -> the word that claims it for this axis
+    vocabulary: bool
     saved: int = 0  # parameter bytes that a rank is spared
     sent: int = 0  # bytes that a rank sends for it in one step
     refused: _Reason | None = None
@@ -97,13 +112,9 @@ class _Axis:
         """Bytes saved per byte sent."""
         return self.saved / max(self.sent, 1)
 
-
-@dataclass(frozen=True)
-class _Reason:
-    """Why something stays whole, and where the model says so."""
-
-    text: str
-    where: Where | None = None
+    @property
+    def shown(self) -> str:
+        return " x ".join(str(a.size) for a in self.units) + " positions"
 
 
 class _Planner:
@@ -113,8 +124,9 @@ class _Planner:
         assert program.structure is not None
         self.program = program
         self.structure: Structure = program.structure
-        shapes = {n: p for n, p in program.captured.parameters.items() if n in self.structure.parameters}
-        self.weights = {n: list(uses_of(program, n)) for n, p in shapes.items() if p.dim() > 1}
+        self.grads = needs_grad(program)
+        used = {n: p for n, p in program.captured.parameters.items() if n in self.structure.parameters}
+        self.weights = {n: uses_of(program, n) for n, p in used.items() if p.dim() > 1}
         self.axes = self._find()
         self.of = {id(a): axis for axis in self.axes for a in axis.atoms}
         self.conflicts: Any = nx.Graph()  # of positions in `axes`
@@ -124,8 +136,8 @@ class _Planner:
 
     # ------------------------------------------------------------------------------------------------ the axes
     def _find(self) -> list[_Axis]:
-        """Unpinned atoms, joined where one index is their product or a sum runs over all of them."""
-        joined: Any = nx.Graph()  # keys are ids: atoms compare by identity
+        """Cuttable atoms, joined where one index is their product or a sum runs over all of them."""
+        joined: Any = nx.Graph()  # of ids: atoms compare by identity
         seen: dict[int, Atom] = {}
 
         def join(found: Sequence[Atom]) -> None:
@@ -133,69 +145,69 @@ class _Planner:
             joined.add_nodes_from(id(a) for a in found)
             joined.add_edges_from((id(a), id(b)) for a, b in itertools.pairwise(found))
 
-        for use in self._uses():
+        for use in itertools.chain.from_iterable(self.weights.values()):
             for part in segments(use.column) if use.column is not None else ():
                 join(cuttable(part))
             if use.row is not None:
                 join(candidates(use.row) if use.table else cuttable(use.row))
         order = {key: i for i, key in enumerate(seen)}
-        groups = sorted(
-            (sorted(g, key=order.__getitem__) for g in nx.connected_components(joined)), key=lambda g: order[g[0]]
-        )
-        found = [axis for g in groups if (axis := self._axis([seen[k] for k in g])) is not None]
-        return [replace(axis, index=i) for i, axis in enumerate(found)]
+        groups = [sorted(group, key=order.__getitem__) for group in nx.connected_components(joined)]
+        found: list[_Axis] = []
+        for group in sorted(groups, key=lambda g: order[g[0]]):
+            axis = self._axis(len(found), [seen[key] for key in group])
+            found += [axis] if axis is not None else []
+        return found
 
-    def _uses(self) -> Iterator[Use]:
-        for uses in self.weights.values():
-            yield from uses
-
-    def _axis(self, members: list[Atom]) -> _Axis | None:
-        """The axis of these atoms if it is an inner one or a vocabulary."""
+    def _axis(self, index: int, members: list[Atom]) -> _Axis | None:
+        """The axis of these atoms, if it is an inner one or a vocabulary that a line can claim."""
         inside = {id(a) for a in members}
-        made = summed = looked_up = head = False
-        finest: tuple[Term, list[Atom]] = (members[0], [])
+        made = summed = tokens = head = False
+        spaces: list[tuple[Term, list[Atom]]] = []
         words: dict[str, str] = {}
         for name, uses in self.weights.items():
-            for use in uses:
+            for i, use in enumerate(uses):
                 for part in segments(use.column) if use.column is not None else ():
                     if _has(part, inside):
                         made = True
                         head = head or _is_head(use)
-                        words.setdefault(name, "column")
-                        finest = max(finest, (part, [a for a in candidates(part) if id(a) in inside]), key=_fineness)
+                        spaces.append((part, [a for a in candidates(part) if id(a) in inside]))
                 if use.row is not None and _has(use.row, inside):
                     summed = summed or not use.table
-                    looked_up = looked_up or (use.table and _from_input(use.node.args[1]))
+                    tokens = tokens or (use.table and _from_input(use.node.args[1]))
                     if use.table:
-                        words[name] = "vocab"
-                        finest = max(finest, (use.row, candidates(use.row)), key=_fineness)
-                    else:
-                        words.setdefault(name, "row")
+                        spaces.append((use.row, candidates(use.row)))
+                # a line means the first use of a weight; `vocab` means all of them
+                if use.table and use.row is not None and _has(use.row, inside):
+                    words[name] = "vocab"
+                elif i == 0 and use.column is not None and _has(use.column, inside):
+                    words[name] = "column"
+                elif i == 0 and use.row is not None and _has(use.row, inside):
+                    words[name] = "row"
         inner = made and summed
-        if not inner and not looked_up and not (made and head):
-            return None
         if not inner:
             words = dict.fromkeys(words, "vocab")
-        return _Axis(-1, tuple(members), finest[0], tuple(finest[1]), words, vocabulary=not inner)
+        if not (inner or tokens or head) or not {"column", "vocab"} & set(words.values()):
+            return None
+        space, units = max(spaces, key=lambda found: len(found[1]))
+        return _Axis(index, tuple(members), space, tuple(units), words, not inner)
 
     def _exclude(self) -> None:
         """Two axes on two dims of one value cannot be cut over the same ranks; nor can one on both."""
 
-        def visit(dims: Iterable[Term]) -> dict[int, Atom]:
-            found: dict[int, Atom] = {}
-            for dim in dims:
-                dim = find(dim)
+        def visit(dims: Iterable[Term]) -> set[int]:
+            found: set[int] = set()
+            for dim in map(find, dims):
                 match dim:
                     case Atom():
-                        inside = {id(dim): dim} if id(dim) in self.of else {}
+                        inside = {id(dim)} & self.of.keys()
                     case Prod():
                         inside = visit(factors(dim))
                     case Cat():
-                        inside = dict(x for part in segments(dim) for x in visit([part]).items())
+                        inside = set[int]().union(*(visit([part]) for part in segments(dim)))
                 for a, b in itertools.product(found, inside):
                     one, two = self.of[a], self.of[b]
                     if a == b:
-                        one.refused = _Reason("it is both indexes of one value")
+                        one.refused = _Reason(f"{one.shown} are both indexes of one value")
                     elif one is not two:
                         self.conflicts.add_edge(one.index, two.index)
                 found |= inside
@@ -205,43 +217,45 @@ class _Planner:
             for dims in results:
                 visit(dims)
 
-    # ------------------------------------------------------------------------------------------------ what they are worth
+    # ------------------------------------------------------------------------------------------------ their worth
     def _price(self) -> None:
         """Bytes that the cut of every axis saves, and those that its collectives send (ring formulas)."""
         share = 1 - 1 / self.program.degree
         for name, dims in self.structure.parameters.items():
-            parameter = self.program.captured.parameters.get(name)
-            if parameter is not None:
+            if (parameter := self.program.captured.parameters.get(name)) is not None:
                 for axis in self._on(dims):
                     axis.saved += int(share * parameter.numel() * parameter.element_size())
-        grads = needs_grad(self.program)
         charged: set[tuple[int, torch.fx.Node]] = set()
-
-        def charge(axis: _Axis, node: torch.fx.Node, times: float) -> None:
-            if (id(axis), node) not in charged:
-                charged.add((id(axis), node))
-                axis.sent += int(times * share * self._bytes(node))
-
         for node in self.program.graph.nodes:
-            if node.op == "placeholder" and node.name in grads:
-                for axis in self._on(self._dims(node)):
-                    charge(axis, node, 1)  # backward, its gradient is gathered
-            elif node.op == "output":
-                for given in node.all_input_nodes:
-                    for axis in self._on(self._dims(given)):
-                        charge(axis, given, 1)
-            elif node.op == "call_function" and (sentence := self._sentence(node)) is not None:
-                operands = self.program.call(node).operands
-                carried = [self._on(self._dims(x)) for x in operands]
-                kept = self._on(self._dims(node))
-                for axis in dict.fromkeys(a for found in carried for a in found):
-                    if axis not in kept and sentence.sums:
-                        charge(axis, node, 2)
-                    if op_name(node) in DECOMPOSITIONS and (along := self._whole(axis, node, sentence)):
-                        charge(axis, node, 8 / along)  # two statistics of the axis, and the same backward
-                    for i, (x, found) in enumerate(zip(operands, carried, strict=True)):
-                        if axis not in found and x.name in grads and i not in sentence.references:
-                            charge(axis, x, 2)  # backward, in front of what is cut
+            for axis, value, times in self._messages(node):
+                if (axis.index, value) not in charged:
+                    charged.add((axis.index, value))
+                    axis.sent += int(times * share * self._bytes(value))
+
+    def _messages(self, node: torch.fx.Node) -> Iterator[tuple[_Axis, torch.fx.Node, float]]:
+        """``(axis, value, times)``: the cut of the axis makes this node send the value's bytes so many times."""
+        if node.op == "placeholder" and node.name in self.grads:
+            yield from ((axis, node, 1) for axis in self._on(self._dims(node)))  # its gradient is gathered
+        elif node.op == "output":
+            for given in node.all_input_nodes:
+                yield from ((axis, given, 1) for axis in self._on(self._dims(given)))
+        elif node.op == "call_function" and (sentence := self._sentence(node)) is not None:
+            operands = self.program.call(node).operands
+            carried = [self._on(self._dims(x)) for x in operands]
+            kept = self._on(self._dims(node))
+            for axis in dict.fromkeys(itertools.chain.from_iterable(carried)):
+                if axis not in kept and sentence.sums:
+                    yield axis, node, 2
+                if op_name(node) in DECOMPOSITIONS and (along := self._along(axis, operands[0], sentence)):
+                    yield axis, node, 8 / along  # two statistics of the axis, forward and backward
+                for i, (x, found) in enumerate(zip(operands, carried, strict=True)):
+                    if axis not in found and x.name in self.grads and i not in sentence.references:
+                        yield axis, x, 2  # backward, in front of what is cut
+
+    def _along(self, axis: _Axis, operand: torch.fx.Node, sentence: Sentence) -> int:
+        """Positions of the operand's dim that the op needs whole and that lies along the axis; 0 if there is none."""
+        dims = zip(sentence.operands[0], self._dims(operand), strict=True)
+        return next((size(term) for label, term in dims if label in sentence.whole and axis in self._on([term])), 0)
 
     def _on(self, dims: Iterable[Term]) -> list[_Axis]:
         return list(dict.fromkeys(self.of[id(a)] for d in dims for a in atoms(d) if id(a) in self.of))
@@ -251,21 +265,12 @@ class _Planner:
 
     def _sentence(self, node: torch.fx.Node) -> Sentence | None:
         rule = RULES.get(op_name(node))
+        if rule is None or node.name not in self.structure.values:
+            return None
         try:
-            return (
-                None
-                if rule is None or node.name not in self.structure.values
-                else rule.sentence(self.program.call(node))
-            )
+            return rule.sentence(self.program.call(node))
         except ValueError:
             return None
-
-    def _whole(self, axis: _Axis, node: torch.fx.Node, sentence: Sentence) -> int:
-        """Positions of the dim along which the op reads the whole axis; 0 if it does not."""
-        for label, term in zip(sentence.operands[0], self._dims(self.program.call(node).operands[0]), strict=True):
-            if label in sentence.whole and axis in self._on([term]):
-                return size(term)
-        return 0
 
     def _bytes(self, node: torch.fx.Node) -> int:
         """Bytes of a value at the example inputs."""
@@ -276,18 +281,19 @@ class _Planner:
     def choose(self) -> list[_Axis]:
         """The axes worth most together, no two of which exclude each other; the others get their reason."""
         for axis in self.axes:
-            axis.refused = axis.refused or self._too_small(axis)
+            axis.refused = axis.refused or self._unfit(axis)
         possible = frozenset(axis.index for axis in self.axes if axis.refused is None)
         chosen = heaviest(self.conflicts.subgraph(possible), [axis.worth for axis in self.axes])
-        for index in possible - chosen:
-            self.axes[index].outweighed = True
-            self.axes[index].refused = _Reason(f"{_units(self.axes[index])} {OTHER_INDEX}")
+        for axis in (self.axes[index] for index in possible - chosen):
+            axis.outweighed = True
+            axis.refused = _Reason(
+                f"{axis.shown} stay whole because the weights along them are cut along their other index"
+            )
         return [self.axes[index] for index in sorted(chosen)]
 
-    def _too_small(self, axis: _Axis) -> _Reason | None:
-        degree = self.program.degree
-        if divide_atoms(axis.index_space, axis.units, degree) is None:
-            return _Reason(f"{_units(axis)} cannot be divided among {degree} ranks")
+    def _unfit(self, axis: _Axis) -> _Reason | None:
+        if divide_atoms(axis.space, axis.units, self.program.degree) is None:
+            return _Reason(f"{axis.shown} cannot be divided among {self.program.degree} ranks")
         if axis.vocabulary and axis.saved < axis.sent:
             saved, sent = (f"{n:,}".replace(",", " ") for n in (axis.saved, axis.sent))
             return _Reason(f"it does not pay: a rank would save {saved} bytes and send {sent} in every step")
@@ -297,44 +303,39 @@ class _Planner:
         """The chosen axes that compile, and the program with them cut."""
         chosen = self.choose()
         while True:
-            try:
-                return chosen, self.trial(chosen)
-            except ShardingError as error:
-                blamed = self._blame(error, chosen)
-                blamed.refused = _Reason((error.why or error.what).partition(" (cuts come from")[0], error.where)
-                chosen = [axis for axis in chosen if axis is not blamed]
+            program = self._claimed(chosen)
+            for count, step in enumerate(AFTER, 1):
+                try:
+                    program = step(program)
+                except ShardingError as error:
+                    blamed = self._blamed(error, chosen, count)
+                    blamed.refused = _Reason((error.why or error.what).partition(" (cuts come from")[0], error.where)
+                    chosen = [axis for axis in chosen if axis is not blamed]
+                    break
+            else:
+                return chosen, program
 
-    def trial(self, chosen: Sequence[_Axis]) -> Program:
-        """The program rewritten with these axes cut.
+    def _claimed(self, chosen: Iterable[_Axis]) -> Program:
+        return self.program.with_(claims=tuple(_claims(chosen)))
 
-        Raises:
-            ShardingError: some op cannot take one of the cuts.
-        """
-        program = self.program.with_(claims=tuple(_claims(chosen)))
-        for step in PIPELINE[PIPELINE.index(axes) :]:
-            program = step(program)
-        return program
-
-    def _blame(self, error: ShardingError, chosen: Sequence[_Axis]) -> _Axis:
-        """The axis whose cut is refused: of those that meet the op, the least worth without which the op is content."""
+    def _blamed(self, error: ShardingError, chosen: Sequence[_Axis], count: int) -> _Axis:
+        """The axis that the first ``count`` passes refuse: of those at the op, the least worth that settles it."""
         meeting: dict[_Axis, None] = {}
         for node in self.program.graph.nodes:
             if error.where is not None and where(node) == error.where:
                 for value in (node, *node.all_input_nodes):
-                    meeting |= dict.fromkeys(a for a in self._on(self._dims(value)) if a in chosen)
+                    meeting |= dict.fromkeys(axis for axis in self._on(self._dims(value)) if axis in chosen)
         suspects = sorted(meeting or chosen, key=lambda axis: axis.worth)
         for suspect in suspects if len(suspects) > 1 else ():
+            program = self._claimed(axis for axis in chosen if axis is not suspect)
             try:
-                self.trial([axis for axis in chosen if axis is not suspect])
+                for step in AFTER[:count]:
+                    program = step(program)
             except ShardingError as other:
                 if other.where == error.where:
                     continue
             return suspect
         return suspects[0]
-
-
-def _fineness(found: tuple[Term, list[Atom]]) -> int:
-    return len(found[1])
 
 
 def _has(term: Term, inside: set[int]) -> bool:
@@ -346,22 +347,18 @@ def _is_head(use: Use) -> bool:
     return use.column is not None and use.row is not None and not use.table and size(use.column) > size(use.row)
 
 
-INTEGERS_PASS = frozenset(
-    (*VIEWS, *(f"aten.{n}" for n in ["clone.default", "masked_fill.Scalar", "where.self", "where.ScalarSelf", "where.ScalarOther", "clamp.default", "clamp_min.default", "clamp_max.default", "cat.default"]))
-)  # fmt: skip
+_MASKS = "clone.default masked_fill.Scalar where.self where.ScalarSelf where.ScalarOther clamp.default cat.default"
+TOKENS_PASS = frozenset((*VIEWS, *(f"aten.{name}" for name in _MASKS.split())))
+"""Ops after which tokens are still tokens."""
 
 
 def _from_input(node: Any) -> bool:
-    """Whether an index is one of the model's inputs, perhaps reshaped or masked: tokens, and not computed positions."""
+    """Whether an index is an input of the model, perhaps reshaped or masked: tokens, and not computed positions."""
     if not isinstance(node, torch.fx.Node) or not isinstance(value := node.meta.get("val"), torch.Tensor):
         return False
     if value.is_floating_point() or value.dtype == torch.bool:
         return False
-    return node.op == "placeholder" or (op_name(node) in INTEGERS_PASS and any(map(_from_input, node.all_input_nodes)))
-
-
-def _units(axis: _Axis) -> str:
-    return " x ".join(str(a.size) for a in axis.units) + " positions"
+    return node.op == "placeholder" or (op_name(node) in TOKENS_PASS and any(map(_from_input, node.all_input_nodes)))
 
 
 def _at(n: Any, sizes: Mapping[sympy.Symbol, int]) -> int:
@@ -369,7 +366,10 @@ def _at(n: Any, sizes: Mapping[sympy.Symbol, int]) -> int:
 
 
 def heaviest(conflicts: Any, worth: Sequence[float]) -> frozenset[int]:
-    """The independent set of most worth: exact, branching on the most constrained node of every component."""
+    """The independent set of most worth of a graph of integers: exact, branching on the most constrained node.
+
+    Axes exclude one another in chains and stars, which fall apart at once: their components are solved one by one.
+    """
     known: dict[frozenset[int], frozenset[int]] = {}
 
     def best(nodes: frozenset[int]) -> frozenset[int]:
@@ -393,19 +393,19 @@ def _claims(chosen: Iterable[_Axis]) -> Iterator[Claim]:
             yield Claim(name, word, Line((), word), name.rpartition(".")[0], name)
 
 
-# ---------------------------------------------------------------------------------------------- the text
-def _written(planner: _Planner, settled: tuple[list[_Axis], Program]) -> Spec:
+# ---------------------------------------------------------------------------------------------------- the text
+def _written(planner: _Planner, chosen: Sequence[_Axis], program: Program) -> Spec:
     """The plan as a spec whose places are those of its own text."""
-    chosen, program = settled
     captured = program.captured
     names = _Names(captured)
-    lines = tuple(line for word in WORDS for line in names.lines(word, list(_claims(chosen))))
+    planned = {c.parameter: c.word for c in _claims(chosen)}
     root = captured.module_classes[""]
-    spec = Spec((root,), lines, head=_head(program, root), notes=_notes(planner, chosen, program, names))
+    lines = tuple(line for word in WORDS for line in names.lines(word, planned))
+    spec = Spec((root,), lines, head=_head(program, root), notes=_notes(planner, planned, program, names))
     parsed = Spec.parse(spec.text(), f"the plan for {root}")
-    got = resolve(parsed, captured.module_classes, list(captured.parameters), captured.aliases)
-    weights = {(c.parameter, c.word) for c in got if captured.parameters[c.parameter].dim() > 1}
-    assert weights == {(c.parameter, c.word) for c in _claims(chosen)}, "the lines of a plan claim what was planned"
+    claims = resolve(parsed, captured.module_classes, list(captured.parameters), captured.aliases)
+    claimed = {(c.parameter, c.word) for c in claims if captured.parameters[c.parameter].dim() > 1}
+    assert claimed == set(planned.items()), "the lines of a plan claim what was planned"
     return replace(parsed, head=spec.head, notes=spec.notes)
 
 
@@ -413,26 +413,22 @@ class _Names:
     """The names of a model's parameters, all of those of a tied one, as patterns."""
 
     def __init__(self, captured: Captured):
-        self.captured = captured
         self.canonical = {n: n for n in captured.parameters}
         self.canonical |= {n: c for n, c in captured.aliases.items() if c in captured.parameters}
         self.inside: dict[str, list[str]] = {}  # module -> the names of its own parameters
         for name in self.canonical:
             self.inside.setdefault(name.rpartition(".")[0], []).append(name)
+        weights = {n for n, c in self.canonical.items() if captured.parameters[c].dim() > 1}
+        self.weights = {m: [n for n in own if n in weights] for m, own in self.inside.items()}
         self.known = [*filter(None, self.inside), *self.canonical]
 
-    def lines(self, word: str, claims: Sequence[Claim]) -> list[Line]:
+    def lines(self, word: str, planned: Mapping[str, str]) -> Iterator[Line]:
         """The lines for one word."""
-        words = {c.parameter: c.word for c in claims}
-        claimed = [n for n, c in self.canonical.items() if words.get(c) == word]
-        weights = {m: [n for n in own if self._weight(n)] for m, own in self.inside.items()}
-        return [Line((p,), word) for p in self.patterns(claimed, weights)]
-
-    def _weight(self, name: str) -> bool:
-        return self.captured.parameters[self.canonical[name]].dim() > 1
+        claimed = [n for n, c in self.canonical.items() if planned.get(c) == word]
+        yield from (Line((p,), word) for p in self.patterns(claimed, self.weights))
 
     def patterns(self, names: Sequence[str], inside: Mapping[str, Sequence[str]]) -> list[Pattern]:
-        """Patterns for parameters: their module where all that counts ``inside`` it is meant."""
+        """Patterns for parameters: their module where all that is ``inside`` it is meant."""
         meant = set(names)
         modules = ((n, n.rpartition(".")[0]) for n in names)
         return fold((m if m and meant.issuperset(inside[m]) else n for n, m in modules), self.known)
@@ -445,74 +441,61 @@ def _head(program: Program, root: str) -> tuple[str, ...]:
         version = ""
     total = held = 0
     for name, parameter in program.captured.parameters.items():
-        dims = program.parameters.get(name, ())
-        local = math.prod(shards.shape(dims, program.mesh, 0)) if dims else parameter.numel()
+        dims = program.parameters.get(name)
+        local = parameter.numel() if dims is None else math.prod(shards.shape(dims, program.mesh, 0))
         total += parameter.numel() * parameter.element_size()
         held += local * parameter.element_size()
-    share = f"{held / max(total, 1):.0%} of the parameters"
-    return (f"Planned by tpcompile{version} for {root} on {program.degree} ranks; one of them holds {share}.",)
+    ranks = f"{program.degree} ranks; the first holds {held / max(total, 1):.0%} of the parameters"
+    return (f"Planned by tpcompile{version} for {root} on {ranks}.",)
 
 
-def _notes(planner: _Planner, chosen: Sequence[_Axis], program: Program, names: _Names) -> tuple[str, ...]:
-    """What stays whole, alike parameters together, each with its reason."""
-    claimed = {c.parameter for c in _claims(chosen)}
-    found: dict[tuple[str, str | None], tuple[_Reason, list[str]]] = {}
+def _notes(planner: _Planner, planned: Mapping[str, str], program: Program, names: _Names) -> tuple[str, ...]:
+    """What stays whole, alike parameters together, each with its reasons."""
+    found: dict[tuple[tuple[str, str | None], ...], tuple[tuple[_Reason, ...], list[str]]] = {}
     for name in program.captured.parameters:
-        if any(axes_of(d) for d in program.parameters.get(name, ())):
-            continue
-        reason = _why_whole(planner, name, name in claimed)
-        op = reason.where.op if reason.where is not None else None
-        found.setdefault((reason.text, op), (reason, []))[1].append(name)
+        if not any(axes_of(d) for d in program.parameters.get(name, ())):
+            reasons = _why_whole(planner, name, name in planned)
+            key = tuple((r.text, r.where.op if r.where is not None else None) for r in reasons)
+            found.setdefault(key, (reasons, []))[1].append(name)
     rows: list[str] = []
-    for reason, members in found.values():
-        shown = ", ".join(map(str, names.patterns(members, names.inside)))
-        row = f"{shown}: {reason.text}{_place(reason.where)}"
+    for reasons, members in found.values():
+        row = f"{', '.join(map(str, names.patterns(members, names.inside)))}: {'; '.join(map(str, reasons))}"
         rows += textwrap.wrap(
             row, COMMENT_WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
         )
     return ("Whole on every rank:", *(f"  {row}" for row in rows)) if rows else ()
 
 
-def _place(where: Where | None) -> str:
-    if where is None:
-        return ""
-    parts = [where.op or "", f"in {where.module}" if where.module else ""]
-    parts.append(f"at {where.file}:{where.line}" if where.file else "")
-    return f" ({' '.join(filter(None, parts))})" if any(parts) else ""
-
-
-def _why_whole(planner: _Planner, name: str, claimed: bool) -> _Reason:
+def _why_whole(planner: _Planner, name: str, claimed: bool) -> tuple[_Reason, ...]:
+    """The reasons of a parameter's dims, the most telling ones only."""
     dims = planner.structure.parameters.get(name)
     if dims is None:
-        return _Reason("the graph does not use it")
+        return (_Reason("the graph does not use it"),)
     if claimed:
-        return _Reason("it has fewer units than there are ranks, so each holds all of them")
-    uses = planner.weights.get(name, ())
-    reasons = [r for term in dims if (r := _why_dim(planner, term, uses)) is not None]
-    telling = list({r.text: r for r in reasons if not r.text.endswith(OTHER_INDEX)}.values()) or reasons[:1]
-    if not telling:
-        return _Reason("it has one position" if all(size(t) == 1 for t in dims) else "no weight shares its axes")
-    if len(telling) == 1:
-        return telling[0]
-    return _Reason("; ".join(r.text for r in telling), telling[0].where)
+        return (_Reason("every rank holds all of its units: what they are repeated for is cut"),)
+    found = [_why_atom(planner, atom) for term in dims for atom in candidates(term)[:1]]
+    best = max((rank for rank, _ in found), default=0)
+    reasons = {reason.text: reason for rank, reason in found if rank == best}
+    return tuple(reasons.values()) or (_Reason("it has one position"),)
 
 
-def _why_dim(planner: _Planner, term: Term, uses: Sequence[Use]) -> _Reason | None:
-    for atom in candidates(term):
-        axis = planner.of.get(id(atom))
-        if axis is not None and axis.refused is not None and not (axis.outweighed and atom.pins):
-            return axis.refused
-        if axis is not None and axis.refused is None:
-            continue
-        if atom.pins:
-            return _Reason(atom.pins[0].reason, where(atom.pins[0].node))
-        if any(u.table and u.row is not None and _has(u.row, {id(atom)}) for u in uses):
-            return _Reason("its rows are looked up by computed positions, not by an input of the model")
-        if any(u.column is not None and _has(u.column, {id(atom)}) for u in uses):
-            return _Reason("no weight sums over its columns")
-        if uses:
-            return _Reason("no weight makes the features that it sums over")
-    return None
+def _why_atom(planner: _Planner, atom: Atom) -> tuple[int, _Reason]:
+    """How telling, and why: first what was tried, then the part that the index plays, then what pins it."""
+    axis, inside = planner.of.get(id(atom)), {id(atom)}
+    if axis is not None and axis.refused is not None and not axis.outweighed:
+        return 3, axis.refused
+    uses = list(itertools.chain.from_iterable(planner.weights.values()))
+    made = any(u.column is not None and _has(u.column, inside) for u in uses)
+    summed = any(u.row is not None and not u.table and _has(u.row, inside) for u in uses)
+    if axis is None and any(u.row is not None and u.table and _has(u.row, inside) for u in uses):
+        return 2, _Reason("its rows are looked up by computed positions, not by an input of the model")
+    if axis is None and made and not summed and not atom.pins:
+        return 2, _Reason("no weight sums over its columns")
+    if atom.pins:
+        return 1, _Reason(atom.pins[0].reason, where(atom.pins[0].node))
+    if axis is not None and axis.refused is not None:
+        return 0, axis.refused
+    return 0, _Reason("no weight makes what it sums over" if summed else "no weight shares its index")
 
 
 __all__ = ["heaviest", "plan", "plan_captured"]

@@ -69,13 +69,15 @@ def _names(text: str) -> list[str]:
 
 
 LINEAR_UNARY = _names("neg alias clone contiguous detach lift_fresh_copy positive real imag _conj")
-NONLINEAR_UNARY = _names("""abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal relu gelu silu mish sigmoid tanh erf
-sin cos tan asin acos atan sinh cosh logical_not bitwise_not isnan isinf isfinite floor ceil round trunc sign sgn square
-nan_to_num hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus softsign log_sigmoid relu6 frac erfc
-threshold logit softshrink hardshrink sinc erfinv digamma lgamma angle""")
-NONLINEAR_BINARY = _names("""eq ne lt le gt ge maximum minimum bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__
-logical_and logical_or logical_xor atan2 fmod remainder floor_divide pow clamp clamp_min clamp_max hypot xlogy
-logaddexp copysign polar complex fill expand_as""")
+NONLINEAR_UNARY = _names("""
+abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal relu gelu silu mish sigmoid tanh erf sin cos tan asin acos
+atan sinh cosh logical_not bitwise_not isnan isinf isfinite floor ceil round trunc sign sgn square nan_to_num hardtanh
+hardswish hardsigmoid leaky_relu elu selu celu softplus log_sigmoid relu6 frac erfc threshold logit softshrink
+hardshrink sinc erfinv digamma lgamma angle""")
+NONLINEAR_BINARY = _names("""
+eq ne lt le gt ge maximum minimum bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__ logical_and logical_or
+logical_xor atan2 fmod remainder floor_divide pow clamp clamp_min clamp_max hypot xlogy logaddexp copysign polar complex
+fill expand_as""")
 ALIASES = {
     "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg", "absolute": "abs",
     "clip": "clamp", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",

@@ -128,10 +128,10 @@ def show(term: Term, names: dict[int, str]) -> str:
     match term:
         case Atom():
             return names.get(id(term), str(term.size))
-        case Prod(inner):
-            return "*".join(show(f, names) for f in inner)
-        case Cat(inner):
-            return "[" + "|".join(show(p, names) for p in inner) + "]"
+        case Prod():
+            return "*".join(show(f, names) for f in factors(term))
+        case Cat():
+            return "[" + "|".join(show(p, names) for p in segments(term)) + "]"
 
 
 class Unifier:

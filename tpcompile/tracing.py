@@ -72,6 +72,7 @@ class Trace:
     asked: list[set[int]]  # per input, the dims that were to be dynamic
     branches: list[tuple[sympy.Basic, bool, Where | None]] = field(default_factory=list)  # of the model's Python code
     outputs: list[Any] = field(default_factory=list)  # per output leaf: `TRACED`, or the constant it is
+    functions: list[_FunctionCall] = field(default_factory=list)  # calls of torch.autograd.Function classes
     state: set[str] = field(default_factory=lambda: set[str]())  # module attributes that forward sets
     guards: tuple[Guard, ...] = ()
     fallback: Where | None = None  # where dynamic sizes failed, when that is why there are fewer
@@ -172,6 +173,7 @@ def _traced(
         flat = _Flat(model, rebuild, trace)
         trace.program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
         after = _public_state(model)
+    _refuse_functions(trace.functions)
     trace.state |= {name for name, held in after.items() if not _identical(held, before.get(name))}
     known = trace.dims().keys()
     sizes = (Guard(guard.expr, _location(guard.sloc)) for guard in env.guards if guard.expr.free_symbols <= known)
@@ -471,12 +473,7 @@ def _watched(trace: Trace) -> Generator[None]:
                 help="pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or switch checkpointing off",
             )
         if not cls.__module__.startswith("torch."):
-            raise CaptureError(
-                f"torch.autograd.Function {cls.__name__!r} cannot be captured",
-                where=_current_line(),
-                why="its forward would be traced and its own backward lost, so gradients would be wrong",
-                help="write the operation with ordinary tensor ops, or as a torch.library.custom_op",
-            )
+            trace.functions.append(_FunctionCall(cls, pytree.tree_map(_specimen, args), kwargs, _current_line()))
         return apply(cls, *args, **kwargs)
 
     def checked_register_hook(tensor: torch.Tensor, hook: Any) -> Any:
@@ -525,6 +522,83 @@ def _patched(owner: type, name: str, value: Any) -> Generator[None]:
         yield
     finally:
         delattr(owner, name) if inherited else setattr(owner, name, before)
+
+
+@dataclass(frozen=True)
+class _FunctionCall:
+    """One call of a torch.autograd.Function; its tensors are on meta."""
+
+    kind: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    where: Where | None
+
+
+def _specimen(value: Any) -> Any:
+    """A tensor of the same sizes and dtype on meta, sizes as they were in the trace."""
+    if isinstance(value, torch.Tensor):
+        sizes = [int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in value.shape]
+        return torch.empty(sizes, dtype=value.dtype, device="meta")
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+
+
+def _refuse_functions(calls: Sequence[_FunctionCall]) -> None:
+    """Refuse autograd Functions whose backward is not the derivative of their forward.
+
+    torch.export traces the forward and forgets the backward. For a Function that is only a faster or leaner way to
+    write its own derivative that is right, for a straight-through estimator it is silently wrong: so it is measured.
+    """
+    checked: set[Any] = set()
+    for call in calls:
+        if call.kind not in checked and not _backward_is_the_derivative(call):
+            raise CaptureError(
+                f"torch.autograd.Function {call.kind.__name__!r} cannot be captured",
+                where=call.where,
+                why="its forward would be traced and its backward lost, which is not the derivative of its forward",
+                help="write the operation with ordinary tensor ops and detach(), or as a torch.library.custom_op",
+            )
+        checked.add(call.kind)
+
+
+def _backward_is_the_derivative(call: _FunctionCall) -> bool:
+    """Whether gradients by ``backward`` and through ``forward`` are alike, at a random point in fp64."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        args = pytree.tree_map(_random, call.args)
+        floats = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        separate = call.kind.setup_context is not torch.autograd.Function.setup_context
+        try:
+            inline = call.kind.forward(*(() if separate else (_NoContext(),)), *args, **call.kwargs)
+            applied = call.kind.apply(*args, **call.kwargs)
+            gradients = [_gradients(outputs, floats) for outputs in (inline, applied)]
+        except Exception:  # noqa: BLE001  (it does not run in fp64 on cpu: nothing can be said of it)
+            return False
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+def _random(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_floating_point():
+        return torch.randn(value.shape, dtype=torch.float64, requires_grad=True)
+    return torch.zeros(value.shape, dtype=value.dtype)
+
+
+def _gradients(outputs: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    outputs = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    seeds = [torch.randn(output.shape, dtype=output.dtype) for output in outputs]
+    if not outputs:
+        return [torch.zeros_like(value) for value in inputs]
+    found = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, inputs, strict=True)]
+
+
+class _NoContext:
+    """Takes whatever a forward saves for its backward, and forgets it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None  # pyright: ignore[reportUnknownVariableType]
 
 
 def refuse_hooks(model: nn.Module) -> None:
