@@ -20,6 +20,7 @@ from tpcompile.placement import Placement
 from tpcompile.program import Program
 
 PARAMETER_DISCOUNT = 1024
+UNWANTED = 1 << 80  # more than all f together: a value that must be partial is left (H -> R) only where it has to be
 SOURCE, SINK = "complete", "partial"
 
 
@@ -60,7 +61,7 @@ def _behind(program: Program, axis: int, grads: frozenset[str]) -> set[str]:
                 if letter in "HS" and maker != SINK:
                     network.add_edge(wanted, SINK)
                 elif letter in "RP" and maker not in (SOURCE, SINK):
-                    network.add_edge(SOURCE, maker)
+                    network.add_edge(SOURCE, maker, capacity=UNWANTED)
     # from the sink's side: the partition closest to it is the latest minimum cut
     _, (late, _) = nx.minimum_cut(network.reverse(copy=False), SINK, SOURCE)
     return {name for name in late if isinstance(name, str) and name in free}

@@ -10,7 +10,8 @@ out, and ops that do nothing go.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,13 +152,46 @@ REWRITES: dict[str, Rewrite] = {
     "aten.scaled_dot_product_attention.default": _attention,
 }
 
-VIEWS = ["aten.view.default", "aten.reshape.default", "aten.transpose.int", "aten.permute.default", "aten.t.default", "aten.slice.Tensor", "aten.select.int", "aten.unsqueeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default", "aten.expand.default", "aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int", "aten.detach.default", "aten.alias.default", "aten.flatten.using_ints", "aten.unflatten.int", "aten.contiguous.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default", "getitem"]
+VIEWS = frozenset(
+    [
+        "aten.view.default",
+        "aten.reshape.default",
+        "aten.transpose.int",
+        "aten.permute.default",
+        "aten.t.default",
+        "aten.slice.Tensor",
+        "aten.select.int",
+        "aten.unsqueeze.default",
+        "aten.squeeze.dim",
+        "aten.squeeze.dims",
+        "aten.squeeze.default",
+        "aten.expand.default",
+        "aten.split.Tensor",
+        "aten.split_with_sizes.default",
+        "aten.chunk.default",
+        "aten.unbind.int",
+        "aten.detach.default",
+        "aten.alias.default",
+        "aten.flatten.using_ints",
+        "aten.unflatten.int",
+        "aten.contiguous.default",
+        "aten.to.dtype",
+        "aten.to.dtype_layout",
+        "aten.to.device",
+        "aten.type_as.default",
+        "aten.dropout.default",
+        "aten.feature_dropout.default",
+        "aten.alpha_dropout.default",
+        "getitem",
+    ]
+)
+"""Ops that may hand on the memory of their first operand (more are known by their schemas)."""
 
 
 def canonicalize(program: Program) -> Program:
     """Rewrite the captured graph into canonical form."""
     module, graph = copy_graph(program.graph_module)
-    _drop_mutation(graph)
+    _drop_mutation(program, graph)
     for node in list(graph.nodes):
         rewrite = REWRITES.get(op_name(node)) if node.op == "call_function" else None
         if rewrite is None:
@@ -172,15 +206,16 @@ def canonicalize(program: Program) -> Program:
     return program.with_(graph_module=module)
 
 
-def _drop_mutation(graph: torch.fx.Graph) -> None:
+def _drop_mutation(program: Program, graph: torch.fx.Graph) -> None:
     """``x.add_(y)`` becomes ``x + y`` where nothing that shares x's memory is read afterwards."""
     order = {node: i for i, node in enumerate(graph.nodes)}
+    held = holders(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or not is_inplace(node):
             continue
         base = node.args[0]
         functional = functional_overload(node)
-        family = _aliases(base) if isinstance(base, torch.fx.Node) else set[torch.fx.Node]()
+        family = aliases(base, held) if isinstance(base, torch.fx.Node) else set[torch.fx.Node]()
         outside = any(n.op in ("get_attr", "placeholder") for n in family)
         earlier = [n for n in family if order[n] < order[node]]
         later = [u for n in earlier for u in n.users if order[u] > order[node]]
@@ -188,10 +223,8 @@ def _drop_mutation(graph: torch.fx.Graph) -> None:
         if functional is None or outside or set(later) - ours:
             continue
         assert isinstance(base, torch.fx.Node)
-        made_meta = dict(node.meta)
         with graph.inserting_before(node):
-            made = graph.call_function(functional, node.args, node.kwargs)
-        made.meta = made_meta
+            made = Site(program, graph, node).emit(functional, *node.args, **node.kwargs)
         order[made] = order[node]
         for user in ours:
             user.replace_input_with(base, made)
@@ -224,24 +257,52 @@ def functional_overload(node: torch.fx.Node) -> Any:
     return found
 
 
-def _aliases(node: torch.fx.Node) -> set[torch.fx.Node]:
-    """Nodes that may share memory with ``node``: up through views to the base, then down again."""
-    base = node
-    while base.op == "call_function" and (op_name(base) in VIEWS or is_inplace(base)) and base.args:
-        parent = base.args[0]
-        if not isinstance(parent, torch.fx.Node):
-            break
-        base = parent
-    family = {base}
-    pending = [base]
+def may_share(node: torch.fx.Node) -> bool:
+    """Whether a result of the op may share memory with its first operand (or, of a list, with its items)."""
+    target: Any = node.target
+    if node.op != "call_function" or op_name(node) in VIEWS or is_inplace(node):
+        return node.op == "call_function"
+    return isinstance(target, torch._ops.OpOverload) and any(a.alias_info for a in target._schema.arguments)
+
+
+Holders = Mapping[int, Sequence[torch.fx.Node]]
+
+
+def holders(graph: torch.fx.Graph) -> Holders:
+    """The nodes whose fake values lie in one storage, by storage."""
+    held: dict[int, list[torch.fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        for storage in _storages(node):
+            held[storage].append(node)
+    return held
+
+
+def aliases(node: torch.fx.Node, held: Holders) -> set[torch.fx.Node]:
+    """Nodes that may share memory with ``node``: through ops that may view, and by the storage of their fake values."""
+    family = {node}
+    pending = [node]
     while pending:
-        for user in pending.pop().users:
-            first = user.args[0] if user.args else None
-            if user not in family and user.op == "call_function" and first in family:
-                if op_name(user) in VIEWS or is_inplace(user):
-                    family.add(user)
-                    pending.append(user)
+        found = pending.pop()
+        near = [user for user in found.users if may_share(user) and found in _viewed(user)]
+        near += _viewed(found) if may_share(found) else []
+        near += [other for storage in _storages(found) for other in held.get(storage, ())]
+        for other in near:
+            if other not in family:
+                family.add(other)
+                pending.append(other)
     return family
 
 
-__all__ = ["canonicalize", "is_inplace"]
+def _viewed(node: torch.fx.Node) -> list[torch.fx.Node]:
+    first = node.args[0] if node.args else None
+    items = first if isinstance(first, (list, tuple)) else [first]
+    return [x for x in items if isinstance(x, torch.fx.Node)]
+
+
+def _storages(node: torch.fx.Node) -> list[int]:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)]
+
+
+__all__ = ["aliases", "canonicalize", "holders", "is_inplace", "may_share"]

@@ -18,6 +18,7 @@ from tpcompile import collectives, kernels
 from tpcompile.errors import ShardingError
 from tpcompile.layout import Layout, axes_of, drop, positions, relative_runs, same, whole_segments
 from tpcompile.localize import LocalCall, per_rank
+from tpcompile.passes.canonicalize import aliases, holders, is_inplace
 from tpcompile.passes.place import needs_grad
 from tpcompile.placement import Placement, uncut
 from tpcompile.program import Program, Row, where
@@ -49,6 +50,8 @@ class _Emitter:
             row = self.program.table.get(node.name)
             if row is not None and len(row.settled) == 1:
                 self._birth(node, made, row)
+            if node.op == "call_function" and is_inplace(node):
+                self._forget(node)
         module = torch.fx.GraphModule(self.program.graph_module, self.graph)
         return self.program.with_(graph_module=module, emitted=True)
 
@@ -130,6 +133,12 @@ class _Emitter:
         if row.results[0] != row.settled[0]:
             made = self.place(node, row.settled[0], node)
         self.env[node] = made
+
+    def _forget(self, node: torch.fx.Node) -> None:
+        """What was made of the values that an in-place op writes to is not what they are any more."""
+        written = aliases(node, holders(self.program.graph))
+        states = {x: self.program.table[x.name].settled for x in written if x.name in self.program.table}
+        self.made = {key: made for key, made in self.made.items() if key[0] not in written or key[1] in states[key[0]]}
 
     def _copy_segments(
         self, node: torch.fx.Node, made: torch.fx.Node, dim: int, layout: Layout, axis: int

@@ -17,10 +17,9 @@ from tpcompile import collectives
 from tpcompile.collectives import run_length, transition_of
 from tpcompile.layout import Mesh
 from tpcompile.localize import per_rank
-from tpcompile.passes.canonicalize import VIEWS, is_inplace
+from tpcompile.passes.canonicalize import is_inplace, may_share
 from tpcompile.patterns import Match, Pattern, leaf, rewrite
 from tpcompile.program import Program, copy_graph
-from tpcompile.rules import op_name
 
 aten = torch.ops.aten
 ARITHMETIC = (aten.sym_size.int, operator.add, operator.sub, operator.mul, operator.floordiv)  # on sizes
@@ -207,7 +206,7 @@ def _written(graph: torch.fx.Graph) -> frozenset[torch.fx.Node]:
     base: dict[torch.fx.Node, torch.fx.Node] = {}
     for node in graph.nodes:
         first = node.args[0] if node.op == "call_function" and node.args else None
-        shares = op_name(node) in VIEWS or is_inplace(node) or transition_of(node.target) is not None
+        shares = may_share(node) or transition_of(node.target) is not None
         base[node] = base[first] if isinstance(first, torch.fx.Node) and shares else node
     written = {base[node] for node in graph.nodes if is_inplace(node)}
     return frozenset(node for node, of in base.items() if of in written)

@@ -321,7 +321,7 @@ def test_a_rehearsal_sees_every_kind_of_wrong_gradient():
     right = {"w": torch.ones(3), "zero": torch.full((3,), 1e-9)}
     assert max(gradient_errors(right, right).values()) == 0
     # The gradient that is rounding alone may come out otherwise; the one that is not may not.
-    assert gradient_errors(right, {"w": right["w"], "zero": -right["zero"]})["zero"] < 1e-6
+    assert gradient_errors(right, {"w": right["w"], "zero": -right["zero"]})["zero"] < 1e-5
     assert gradient_errors(right, {"w": 2 * right["w"], "zero": right["zero"]})["w"] == 1
     assert gradient_errors(right, {"w": right["w"]})["zero"] == float("inf")
     assert gradient_errors(right, right | {"w": torch.ones(2)})["w"] == float("inf")

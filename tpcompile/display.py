@@ -210,7 +210,7 @@ def _by_layer(lines: Iterable[Line]) -> Iterator[tuple[tuple[str, int] | None, l
 
 
 def _without_names(line: Line, container: str) -> tuple[str, ...]:
-    name = re.sub(r"_\d+$", "", line.name)
+    name = re.sub(r"_\d+(?=_|$)", "", line.name)  # the counter of a value, the layer number of a parameter
     return name, line.shape, line.dtype, line.placement, inside(line.module, container), line.source
 
 

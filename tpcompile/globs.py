@@ -1,6 +1,6 @@
 """Names folded into few patterns: what ``tpcompile plan`` writes must be short, and claim exactly what was meant.
 
-Numbers become ``*`` where all of them are meant; names that differ in one component become ``{q,k,v}_proj``.
+Numbers become ``*`` where all of them are meant, names that differ in one component ``{q,k,v}_proj``.
 """
 
 from __future__ import annotations
@@ -20,24 +20,36 @@ def fold(wanted: Iterable[str], known: Collection[str]) -> list[Pattern]:
     A character that a pattern cannot have is matched by ``*``: then, and only then, more than `wanted` may match.
     """
     names = dict.fromkeys(wanted)
-    rows: list[_Row] = [tuple((part,) for part in name.split(".")) for name in names]
-    for position in range(max(map(len, rows), default=0)):
-        rows = _merged(rows, position)
+    meant, everything = _by_template(names), _by_template(known)
+    rows: dict[_Row, None] = {}
+    for template, members in meant.items():
+        exact = members.keys() == everything.get(template, members).keys()
+        rows |= {tuple((part,) for part in name.split(".")): None for name in ([template] if exact else members)}
+    found = list(rows)
+    for position in range(max(map(len, found), default=0)):
+        found = _merged(found, position)
     others = [name for name in known if name not in names]
-    return [_pattern(_starred(row, others)) for row in rows]
+    return [_pattern(_starred(row, others)) for row in found]
+
+
+def _by_template(names: Iterable[str]) -> dict[str, dict[str, None]]:
+    """The names with ``*`` for components that are numbers -> the names themselves."""
+    found: dict[str, dict[str, None]] = {}
+    for name in names:
+        template = ".".join(_STAR if part.isdigit() else part for part in name.split("."))
+        found.setdefault(template, {})[name] = None
+    return found
 
 
 def _merged(rows: Iterable[_Row], position: int) -> list[_Row]:
-    """Rows that differ in one component only, counted from the last, become one."""
-    found: dict[tuple[_Row, _Row], dict[str, None]] = {}  # what stands around a component -> its alternatives
-    short: list[_Row] = []
+    """Rows that differ in one component only, counted from the last, become one; ``*`` stays by itself."""
+    found: dict[tuple[bool, _Row, _Row], dict[str, None]] = {}  # what stands around a component -> its alternatives
     for row in rows:
         index = len(row) - 1 - position
-        if index < 0:
-            short.append(row)
-        else:
-            found.setdefault((row[:index], row[index + 1 :]), {}).update(dict.fromkeys(row[index]))
-    return [*short, *((*before, tuple(names), *after) for (before, after), names in found.items())]
+        alone = index < 0 or row[index] == (_STAR,)
+        key = (alone, row, ()) if alone else (alone, row[:index], row[index + 1 :])
+        found.setdefault(key, {}).update(dict.fromkeys(() if alone else row[index]))
+    return [before if alone else (*before, tuple(names), *after) for (alone, before, after), names in found.items()]
 
 
 def _starred(row: _Row, others: Sequence[str]) -> _Row:

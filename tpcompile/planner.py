@@ -159,7 +159,7 @@ class _Planner:
         return found
 
     def _axis(self, index: int, members: list[Atom]) -> _Axis | None:
-        """The axis of these atoms, if it is an inner one or a vocabulary that a line can claim."""
+        """The axis of these atoms, if it is an inner one or a vocabulary."""
         inside = {id(a) for a in members}
         made = summed = tokens = head = False
         spaces: list[tuple[Term, list[Atom]]] = []
@@ -186,10 +186,13 @@ class _Planner:
         inner = made and summed
         if not inner:
             words = dict.fromkeys(words, "vocab")
-        if not (inner or tokens or head) or not {"column", "vocab"} & set(words.values()):
+        if not (inner or tokens or head):
             return None
         space, units = max(spaces, key=lambda found: len(found[1]))
-        return _Axis(index, tuple(members), space, tuple(units), words, not inner)
+        axis = _Axis(index, tuple(members), space, tuple(units), words, not inner)
+        if not {"column", "vocab"} & set(words.values()):
+            axis.refused = _Reason("no line can name this index: a line means that of the first use of a weight")
+        return axis
 
     def _exclude(self) -> None:
         """Two axes on two dims of one value cannot be cut over the same ranks; nor can one on both."""

@@ -591,7 +591,8 @@ def _gradients(outputs: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     if not outputs:
         return [torch.zeros_like(value) for value in inputs]
     found = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
-    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, inputs, strict=True)]
+    pairs: list[tuple[Any, torch.Tensor]] = list(zip(found, inputs, strict=True))
+    return [torch.zeros_like(value) if gradient is None else gradient for gradient, value in pairs]
 
 
 class _NoContext:
