@@ -3,7 +3,8 @@
     python benchmarks/rewrite_time.py llama-7b --tp 8
     python benchmarks/rewrite_time.py llama-7b llama-70b --tp 8 --write
 
-Each model runs in a process of its own, so that peaks are its own; ``--write`` records benchmarks/results/rewrite_time.json.
+Each model runs in a process of its own, so that peaks are its own; ``--write`` records
+benchmarks/results/rewrite_time.json.
 """
 
 from __future__ import annotations

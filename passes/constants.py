@@ -78,6 +78,8 @@ def _made_cut(
     if rule is None or rule.random or is_inplace(node) or node.target is operator.getitem or not row.operands:
         return None
     call = program.call(node)
+    if node.name not in grads and any(x.name in grads for x in call.operands):
+        return None  # the operands' f would have to be made for a gradient that never comes
     try:
         sentence = rule.sentence(call)
         layouts = _upwards(sentence, want, program.mesh)

@@ -17,15 +17,18 @@ from tpcompile.program import Program, copy_graph
 
 def parameter_copies(program: Program) -> Program:
     """Merge every ``copy`` of a parameter into one ``copy_all`` per group, at the top."""
-    module, graph = copy_graph(program.graph_module)
     by_group: dict[str, list[torch.fx.Node]] = {}
-    for node in graph.nodes:
-        if node.target is collectives.copy and node.args[0].op == "get_attr":
+    for node in program.graph.find_nodes(op="call_function", target=collectives.copy):
+        if node.args[0].op == "get_attr":
             by_group.setdefault(node.args[1], []).append(node)
+    several = {group: copies for group, copies in by_group.items() if len(copies) > 1}
+    if not several:
+        return program
+    module, graph = copy_graph(program.graph_module)
+    same = dict(zip(program.graph.nodes, graph.nodes, strict=True))
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
-    for group, copies in by_group.items():
-        if len(copies) > 1:
-            _merge(graph, group, copies, first)
+    for group, copies in several.items():
+        _merge(graph, group, [same[node] for node in copies], first)
     graph.lint()
     module.recompile()
     return program.with_(graph_module=module)

@@ -193,7 +193,7 @@ PRODUCTS = (
     call("tensordot.default", real(2, 3, 4), real(4, 6, 3), [1, 2], [2, 0]),
     call("einsum.default", "ii->i", [real(4, 4)]),
     call("conv1d.default", real(2, 4, 3), real(4, 4, 2), None, [1], [1]),
-    call("conv1d.default", real(2, 2, 3), real(4, 2, 2), real(4), [2], [1]),
+    call("conv1d.default", real(1, 2, 3), real(4, 2, 2), real(4), [2], [1]),
     call("conv1d.default", real(1, 4, 2), real(4, 1, 1), real(4), [1], [0], [1], 4),
     call("conv1d.default", real(1, 6, 3), real(6, 1, 2), None, [1], [1], [1], 6),
     call("conv1d.default", real(1, 4, 3), real(4, 2, 2), None, [1], [0], [1], 2),

@@ -314,6 +314,30 @@ def test_hints_have_the_divisors_that_the_model_asks_for() -> None:
     assert sympy.isprime(length // 6)
 
 
+def test_height_and_width_are_static_and_masks_are_not() -> None:
+    class Convolves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 4, 3)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.convolution(image)
+
+    captured = capture(Convolves(), (torch.randn(2, 3, 8, 8),))
+    assert captured.inputs[0].dynamic == (True, False, False, False)
+    with pytest.raises(CaptureError, match="input `image` has size 9 in dim 3, captured with 8"):
+        captured.flatten((torch.randn(2, 3, 8, 9),))
+
+    class Masks(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            q = x.unsqueeze(1)
+            return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    masked = capture(Masks(), (torch.randn(2, 5, 8), torch.zeros(2, 1, 5, 5)))
+    assert masked.inputs[1].dynamic == (True, False, True, True)
+    masked.flatten((torch.randn(3, 7, 8), torch.zeros(3, 1, 7, 7)))
+
+
 class Unrolled(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         total = x[:, 0]

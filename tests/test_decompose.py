@@ -56,7 +56,13 @@ def loss_report(degree: int, **options: object) -> Report:
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"label_smoothing": 0.1}, {"reduction": "sum"}, {"reduction": "none"}, {"ignore_index": 5, "reduction": "sum"}],
+    [
+        {},
+        {"label_smoothing": 0.1},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"ignore_index": 5, "reduction": "sum"},
+    ],
     ids=str,
 )
 def test_cross_entropy_on_cut_logits(degree: int, options: dict[str, object]) -> None:
@@ -106,7 +112,9 @@ def test_a_missing_statistic_is_caught() -> None:
     model, inputs = Between(nn.Softmax(-1)), (torch.randn(2, 5, 16),)
     program = tpcompile.rewrite(model, Spec.parse("up column\ndown row"), degree=2, example_inputs=inputs)
     assert verify_program(program, model, inputs).ok
-    statistics = [n.name for n in program.graph.nodes if "all_reduce" in str(n.target) and n.meta["module"] == "between"]
+    statistics = [
+        n.name for n in program.graph.nodes if "all_reduce" in str(n.target) and n.meta["module"] == "between"
+    ]
     assert statistics
     for name in statistics:
         assert not verify_program(without(program, name), model, inputs).ok or name.endswith("max"), name

@@ -1,8 +1,8 @@
 """Random stacks of MLP and attention blocks: what compiles is equal to one device, what does not says where and why.
 
 The drawn plans vary what an inference of structure could trip over: sizes that no degree divides, fused and interleaved
-weights, grouped heads, shared weights, blocks used twice, odd names, residuals of three kinds. `--hypothesis-show-statistics`
-tells which share was refused, and by which error.
+weights, grouped heads, shared weights, blocks used twice, odd names, residuals of three kinds.
+`--hypothesis-show-statistics` tells which share was refused, and by which error.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from torch import Tensor, nn
 
 from tpcompile import rewrite
 from tpcompile.equivalence import verify_program
-from tpcompile.errors import ShardingError, TpcompileError
+from tpcompile.errors import ShardingError
 from tpcompile.spec import WORDS, Spec
 
 BATCH, LENGTH = 2, 5
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Plan:
         return "\n".join(lines) + "\n"
 
 
-ROLES = "blocks attention mlp q k v qkv out gate up down norm embedding head q_norm k_norm".split()
+ROLES = "blocks attention mlp q k v qkv out gate up down norm embedding head q_norm k_norm".split()  # noqa: SIM905
 
 
 def linear(owner: nn.Module, name: str, ins: int, outs: int, bias: bool) -> nn.Linear:
@@ -112,7 +117,9 @@ class AttentionModule(nn.Module):
     def __init__(self, plan: Plan, a: Attention):
         super().__init__()
         self.a, self.p, width = a, plan.dropout, plan.width
-        self.mine: dict[str, str] = {role: plan.name(role) for role in ("q", "k", "v", "qkv", "out", "q_norm", "k_norm")}
+        self.mine: dict[str, str] = {
+            role: plan.name(role) for role in ("q", "k", "v", "qkv", "out", "q_norm", "k_norm")
+        }
         if a.fused == "no":
             linear(self, self.mine["q"], width, a.heads * a.head_dim, a.bias)
             linear(self, self.mine["k"], width, a.kv_heads * a.head_dim, a.bias)
@@ -247,7 +254,9 @@ class Stack(nn.Module):
 # ------------------------------------------------------------------------------------------------------ what is drawn
 ODD = (*WORDS, "by", "config", "weight", "_0", "Linear", "h", "x1", "layers")
 IDENTIFIER = (st.sampled_from(ODD) | st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_]{0,5}", fullmatch=True)).filter(
-    lambda name: not iskeyword(name) and not hasattr(Stack, name) and name not in ("a", "p", "m", "mine", "plan", "block")
+    lambda name: (
+        not iskeyword(name) and not hasattr(Stack, name) and name not in ("a", "p", "m", "mine", "plan", "block")
+    )
 )
 yes = st.booleans()
 
@@ -328,14 +337,17 @@ def check(plan: Plan) -> bool:
     model, x = built(plan)
     spec = Spec.parse(plan.spec())
     note(plan.spec())
+    refusal: ShardingError | None = None
     try:
         program = rewrite(model, spec, degree=plan.degree, example_inputs=(x,))
     except ShardingError as error:
-        event(f"refused: {error.what.split('`')[0].split(':')[0][:20]}...")
-        assert error.where is not None, error
-        assert error.where.file is not None or error.where.module is not None, error
-        assert error.why, error
-        assert error.help, error
+        refusal = error
+    if refusal is not None:
+        event(f"refused: {refusal.what.split('`')[0].split(':')[0][:20]}...")
+        assert refusal.where is not None, refusal
+        assert refusal.where.file is not None or refusal.where.module is not None, refusal
+        assert refusal.why, refusal
+        assert refusal.help, refusal
         return False
     report = verify_program(program, model, (x,))
     assert max(report.output_error, report.gradient_error) <= 1e-10, report.mismatch

@@ -53,7 +53,7 @@ GRID = (
     call("bmm.default", real(4, 2, 4), real(4, 4, 1)),
     call("add.Tensor", real(4, 6), real(6)),
     call("mul.Tensor", real(4, 6), real(4, 1)),
-    call("where.self", bools(4, 1), real(4, 4), real(4)),
+    call("where.ScalarOther", bools(4, 1), real(4, 4), 0.5),
     call("view.default", real(4, 12), [4, 4, 3]),
     call("view.default", real(4, 12), [2, 2, 2, 6]),
     call("view.default", real(2, 2, 6), [4, 6]),
@@ -73,7 +73,7 @@ GRID = (
     call("expand.default", real(4, 1), [4, 4]),
     call("squeeze.default", real(2, 1, 4)),
     call("zeros_like.default", real(2, 4)),
-    call("conv1d.default", real(1, 4, 2), real(4, 1, 2), None, [1], [1], [1], 4),
+    call("conv1d.default", real(1, 4, 1), real(4, 1, 1), None, [1], [0], [1], 4),
 )
 
 
@@ -257,7 +257,8 @@ WRONG = (
 
 def test_planted_wrong_rows_are_caught() -> None:
     def is_caught(wrong: Wrong) -> bool:
-        return bool(check(wrong.rule, wrong.samples or samples_of(wrong.rule.op), first_only=True).failures)
+        samples = [replace(s, degrees=(2,)) for s in wrong.samples or samples_of(wrong.rule.op)]
+        return bool(check(wrong.rule, samples, first_only=True).failures)
 
     survivors = [wrong.what for wrong in WRONG if not is_caught(wrong)]
     print(f"killed {len(WRONG) - len(survivors)} of {len(WRONG)} planted wrong rows")

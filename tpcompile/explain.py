@@ -88,7 +88,8 @@ def _tie(program: Program, name: str, dim: int, cuts: list[Cut]) -> Iterator[str
     if cut.parameter == name:
         yield f"  dim {dim} is the axis that {spot} cuts"
         return
-    yield f"  dim {dim} shares its axis of {' * '.join(str(c.size) for c in cuts)} with {cut.parameter}, which {spot} cuts, through:"
+    sizes = " * ".join(str(c.size) for c in cuts)
+    yield f"  dim {dim} shares its axis of {sizes} with {cut.parameter}, which {spot} cuts, through:"
     path = _path(program, name, cut)
     for node in path[:LONGEST_PATH]:
         place = where(node)
@@ -139,7 +140,8 @@ def _why_whole(program: Program, name: str, dims: tuple[Term, ...]) -> Iterator[
         for atom, pin in pins[:2]:
             place = where(pin.node)
             at = f" ({place.file}:{place.line})" if place.file else ""
-            yield f"  dim {dim} ({atom.size} positions) cannot: {pin.reason}: {op_name(pin.node)} in {place.module or 'the model'}{at}"
+            op = f"{op_name(pin.node)} in {place.module or 'the model'}{at}"
+            yield f"  dim {dim} ({atom.size} positions) cannot: {pin.reason}: {op}"
 
 
 __all__ = ["explain"]

@@ -61,7 +61,9 @@ def compile(
     _check_same(program, group)
     _check_same_weights(model, group)
     assert program.spec is not None, "rewrite finds or plans one"
-    return TensorParallel(model, program, program.spec, group)
+    module = TensorParallel(model, program, program.spec, group)
+    _forget_weights(program)
+    return module
 
 
 def call_arguments_as_inputs(model: nn.Module, example_inputs: Inputs) -> Inputs:
@@ -292,12 +294,23 @@ def captured_name(program: Program, name: str) -> str:
     return program.captured.aliases.get(name, name)
 
 
+def _forget_weights(program: Program) -> None:
+    """Let go of the whole weights, in place: a rank holds its part of them, and a program needs only their shapes."""
+    for name, parameter in program.captured.parameters.items():
+        program.captured.parameters[name] = _shape_of(parameter)
+    for stage in (program, *(stage.program for stage in program.history)):
+        for module in stage.graph_module.modules():
+            for name, parameter in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+                module.register_parameter(name, _shape_of(parameter))
+
+
+def _shape_of(parameter: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+
+
 def _skeleton(model: nn.Module) -> nn.Module | None:
     """The model without its weights (parameters on meta), kept to be captured again; None if it cannot be copied."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in model.parameters()
-    }
+    memo: dict[int, Any] = {id(p): _shape_of(p) for p in model.parameters()}
     try:
         return copy.deepcopy(model, memo)
     except Exception:  # noqa: BLE001  whatever a module's own __deepcopy__ raises

@@ -223,7 +223,7 @@ class _Planner:
     # ------------------------------------------------------------------------------------------------ their worth
     def _price(self) -> None:
         """Bytes that the cut of every axis saves, and those that its collectives send (ring formulas)."""
-        share = 1 - 1 / self.program.degree
+        share = 1 - 1 / max(self.program.degree, 2)  # the plan for one rank is that for two
         for name, dims in self.structure.parameters.items():
             if (parameter := self.program.captured.parameters.get(name)) is not None:
                 for axis in self._on(dims):
@@ -454,6 +454,8 @@ def _head(program: Program, root: str) -> tuple[str, ...]:
 
 def _notes(planner: _Planner, planned: Mapping[str, str], program: Program, names: _Names) -> tuple[str, ...]:
     """What stays whole, alike parameters together, each with its reasons."""
+    if program.degree == 1:
+        return ()
     found: dict[tuple[tuple[str, str | None], ...], tuple[tuple[_Reason, ...], list[str]]] = {}
     for name in program.captured.parameters:
         if not any(axes_of(d) for d in program.parameters.get(name, ())):

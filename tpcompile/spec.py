@@ -114,7 +114,8 @@ class Line:
 class Spec:
     """A .tpspec: the model classes it is written for, and its lines. Equality ignores file, places and comments.
 
-    `head` and `notes` are lines of comment above and below everything else. A planned spec has them; parsing keeps none.
+    `head` and `notes` are lines of comment above and below everything else. A planned spec has them; parsing keeps
+    none.
     """
 
     classes: tuple[str, ...]
@@ -155,7 +156,7 @@ class Spec:
         return Spec.parse(text, str(path))
 
     def text(self) -> str:
-        """The spec as a canonical text: parsing it gives an equal spec. The comments and layout of a file are not kept."""
+        """The spec as a canonical text: parsing it gives an equal spec. Comments and layout of a file are not kept."""
         rows = [f"# {row}".rstrip() for row in self.head]
         rows += [f"for {row}" for row in textwrap.wrap(" ".join(self.classes), 96, break_on_hyphens=False)]
         left = [" ".join(map(str, line.patterns)) for line in self.lines]

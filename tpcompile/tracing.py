@@ -122,7 +122,10 @@ def trace(model: nn.Module, examples: list[torch.Tensor], paths: list[str], rebu
     """Export ``model`` with as many dynamic dims as it takes; ``paths`` name the inputs as a caller does."""
     roles = _roles(examples, paths, bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)))
     resized = _resized(examples, roles)
-    every = [set(range(example.dim())) for example in examples]
+    every = [
+        set(range(example.dim() if not _is_image(example, path, roles) else 2))
+        for example, path in zip(examples, paths, strict=True)
+    ]
     asked = [{dim for dim, role in enumerate(dims) if role in _ASKED} for dims in roles]
     nothing = [set[int]() for _ in examples]
     static = reason = None
@@ -262,6 +265,15 @@ def _roles(examples: list[torch.Tensor], paths: list[str], encoder_decoder: bool
             dims[0] = sequence  # such as cache_position [s]
         roles.append(dims)
     return roles
+
+
+def _is_image(example: torch.Tensor, path: str, roles: list[list[_Role]]) -> bool:
+    """Whether dims 2 and up are height and width, which stay static: symbolic, windows and strides of them explode.
+
+    Masks ``[b, 1, s, s]`` and caches ``[b, h, s, d]`` look alike, but come with an input that has the sequence.
+    """
+    alone = not any(role in (_SEQUENCE, _DECODER) for dims in roles for role in dims)
+    return example.dim() >= 4 and example.dtype.is_floating_point and (alone or "pixel" in path or "image" in path)
 
 
 def _batches(examples: list[torch.Tensor]) -> set[int]:
