@@ -55,6 +55,7 @@ def axes(program: Program) -> Program:
             continue
         for use, term in _terms(program, claim):
             (rows if claim.word == "row" else wanted).append((claim, term, use))
+    _check_every_line_names_a_weight(program)
     plan: list[_Planned] = []
     cut: set[int] = set()
     considered: set[int] = set()  # what stands beside a cut atom is left whole on purpose (kv heads, a head's inside)
@@ -98,6 +99,22 @@ def _beside(program: Program) -> dict[int, set[int]]:
         for atom in inside:
             found.setdefault(atom, set()).update(inside)
     return found
+
+
+def _check_every_line_names_a_weight(program: Program) -> None:
+    """A module that a `column`, `row` or `vocab` line names has a weight with an index to cut."""
+    structure = program.structure
+    assert structure is not None
+    matrices = {c.module for c in program.claims if len(structure.parameters.get(c.parameter, ())) > 1}
+    for claim in program.claims:
+        used = claim.parameter in structure.parameters
+        if claim.word in ("column", "row", "vocab") and used and claim.module not in matrices:
+            raise ShardingError(
+                f"`{claim.word}` claims {claim.module or claim.parameter}, which has no matrix to cut",
+                where=claim.line.where,
+                why="column, row and vocab name the index of the weight of a Linear or an Embedding",
+                help=f"say `sequence` or `replicate` for {claim.module or claim.parameter}",
+            )
 
 
 def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
@@ -217,7 +234,12 @@ def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[tuple[Atom
             f"{' * '.join(str(a.size) for a in everything)} positions meets an op that needs it whole",
             where=where(pin.node) if pin else claim.line.where,
             why=(pin.reason if pin else "the axis has one position") + f"; the line is {_line(claim)}",
-            help=f"say `replicate` for {claim.module}, or cut another axis",
+            help=(
+                f'add a row for "{op_name(pin.node)}" to tpcompile/rules.py, or '
+                if pin and "no rule" in pin.reason
+                else ""
+            )
+            + f"say `replicate` for {claim.module}, or cut another axis",
         )
     chosen = divide_atoms(term, free, program.degree)
     if chosen is None:
@@ -284,6 +306,7 @@ def _mesh(degree: int, plan: Sequence[_Planned]) -> Mesh:
         if high % low:
             raise ShardingError(
                 f"the cuts ask for factors {low} and {high} of {degree} ranks at once",
+                where=next(p.claim.line.where for p in plan if high in (p.before, p.before * p.over)),
                 why="head counts of different blocks factor the degree in ways that do not nest",
                 help="use another degree, or `replicate` one of the blocks",
             )

@@ -424,12 +424,20 @@ def typing_errors(sentence: Sentence, solution: Solution, case: Case, mesh: Mesh
 
 @contextlib.contextmanager
 def emission_with(rule: Rule) -> Generator[None]:
-    """Emission knows ``rule`` alone, and gives its graphs no Python code: the simulation interprets them."""
+    """Emission knows ``rule`` alone, and gives its graphs no Python code: the simulation interprets them.
+
+    On one thread: with more, tiny convolutions mostly wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with (
         mock.patch.object(EMISSION, "RULES", {rule.op: rule}),
         mock.patch.object(torch.fx.GraphModule, "recompile", return_value=None),
     ):
-        yield
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def execute(case: Case, ins: Sequence[Placement], mesh: Mesh, solution: Solution) -> str | None:

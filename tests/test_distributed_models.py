@@ -11,21 +11,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 import zoo
 from distributed import run
+from issued import Issued, Sent
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpcompile
-from tpcompile.collectives import sent_bytes
 from tpcompile.compare import cotangents, differentiable, gradient_errors, relative_error
 from tpcompile.errors import TpcompileError
 from tpcompile.layers import Functions
@@ -127,33 +126,6 @@ def asking(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Inputs that ask for a gradient where they can, as the report assumes."""
     floats = {n: x for n, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
     return {**inputs, **{n: x.detach().clone().requires_grad_() for n, x in floats.items()}}
-
-
-Sent = Counter[tuple[str, str, int]]  # kind, direction, bytes that a rank sends -> how often
-
-
-class Issued(TorchDispatchMode):
-    """Counts what torch.distributed itself is asked for, by whoever asks."""
-
-    KINDS: ClassVar = {
-        "c10d.allreduce_.default": "all_reduce",
-        "c10d._allgather_base_.default": "all_gather",
-        "c10d._reduce_scatter_base_.default": "reduce_scatter",
-    }
-
-    def __init__(self, into: Sent, direction: str):
-        super().__init__()
-        self.into, self.direction = into, direction
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func).startswith("c10d."):
-            kind = self.KINDS[str(func)]
-            group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
-            tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-            whole = max(tensors, key=Tensor.numel)
-            sent = sent_bytes(kind, whole.numel(), whole.element_size(), group.size())
-            self.into[kind, self.direction, sent] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def said(tp: TensorParallel) -> Sent:
@@ -343,6 +315,22 @@ def in_meshes() -> Answers:
     return answers
 
 
+def controls() -> Answers:
+    """The same questions when the answer must be no: one rank's weight is off by a little, one collective too many."""
+    inputs = widened(zoo.inputs("mlp"))
+    model = zoo.build("mlp", training=True).double()
+    tp = compiled("mlp", model, inputs)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            tp.get_parameter("down.1.weight").mul_(1 + 1e-6)
+    issued: Sent = Counter()
+    with Issued(issued, "forward"):
+        tp(**inputs)
+        dist.all_reduce(torch.ones(8))
+    said_forward = Counter({row: n for row, n in said(tp).items() if row[1] == "forward"})
+    return {"spoilt": step(model, tp, inputs), "state": state_of(model, tp), "too many": issued - said_forward}
+
+
 def attempt(work: Callable[..., Answers], *args: Any) -> Answers:
     """The answers, or what happened instead: one model's failure leaves the others their turn."""
     try:
@@ -356,7 +344,7 @@ def of_models() -> dict[str, Answers]:
     found = {f"{name} float32": attempt(in_float32, name) for name in IN_FLOAT32[ranks]}
     with Widened():
         found |= {f"{name} float64": attempt(in_float64, name) for name in IN_FLOAT64[ranks]}
-    return found | {"masks": attempt(masks)}
+    return found | {"masks": attempt(masks), "controls": attempt(controls)}
 
 
 def answers_on_2() -> Answers:
@@ -601,3 +589,13 @@ def test_what_cannot_work_is_refused_on_every_rank(work: Callable[[], None]) -> 
 
 def test_a_refusal_leaves_the_group_in_order() -> None:
     assert all(answer["afterwards"] for answer in answers(2, "refusals"))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_is_asked_of_models_can_be_answered_with_no(ranks: int) -> None:
+    for answer in answers(ranks, "controls"):
+        assert answer["spoilt"].output > ALLOWED[torch.float64]
+        assert answer["spoilt"].gradient > ALLOWED[torch.float64]
+        assert answer["state"] == "values: ['down.1.weight'], ties: []"
+        ones = 2 * 8 * torch.float32.itemsize * (ranks - 1) // ranks
+        assert answer["too many"] == {("all_reduce", "forward", ones): 1}

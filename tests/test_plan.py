@@ -21,16 +21,17 @@ from typer.testing import CliRunner
 from zoo import GPT, GPTSizes, _transformers
 
 import tpcompile
+from tpcompile import planner
 from tpcompile.capture import Captured, capture
 from tpcompile.cli import app
 from tpcompile.compiler import choose_spec, rewrite_captured
-from tpcompile.errors import TpcompileError
+from tpcompile.errors import ShardingError, TpcompileError
 from tpcompile.globs import fold
-from tpcompile.layout import positions
+from tpcompile.layout import axes_of, positions
 from tpcompile.passes import PIPELINE
 from tpcompile.passes.axes import axes
 from tpcompile.planner import heaviest, plan_captured
-from tpcompile.program import Program
+from tpcompile.program import Program, where
 from tpcompile.spec import Spec, resolve
 
 # No two sizes are alike, so that nothing matches by accident; what is no size of the model is prime.
@@ -291,25 +292,17 @@ class Recurrent(nn.Module):
 
 
 class Stubborn(nn.Module):
-    """Three MLPs; the second needs its axis whole (a pin), the third writes into it in place (only placement knows)."""
+    """Two MLPs; the second needs its axis whole."""
 
     def __init__(self):
         super().__init__()
-        self.up = nn.ModuleList(nn.Linear(12, 20) for _ in range(3))
-        self.down = nn.ModuleList(nn.Linear(20, 12) for _ in range(3))
+        self.up = nn.ModuleList(nn.Linear(12, 20) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(20, 12) for _ in range(2))
         self.norm = nn.LayerNorm(12)
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
-            y = F.gelu(up(self.norm(x)))
-            if i == 1:
-                y = y.cumsum(-1)
-            if i == 2:
-                first = y[:, :1]
-                y.mul_(2)
-                y = y + first
-            x = x + down(y)
-        return x
+        x = x + self.down[0](F.gelu(self.up[0](self.norm(x))))
+        return x + self.down[1](F.gelu(self.up[1](self.norm(x))).cumsum(-1))
 
 
 class Tokens(nn.Module):
@@ -399,14 +392,26 @@ def test_positions_are_no_vocabulary():
     )
 
 
-def test_an_axis_that_is_refused_stays_whole_and_the_others_do_not():
+def test_an_axis_that_an_op_needs_whole_stays_whole_and_the_others_do_not():
     spec = planned(Stubborn(), wide(12))
     assert rows(spec) == {"up.0": "column", "down.0": "row"}
     text = re.sub(r"\n#\s+", " ", spec.text())
     assert re.search(
         r"up\.1\.bias: cumsum runs along the whole axis \(aten.cumsum.default at \S*test_plan.py:\d+\)", text
     )
-    assert re.search(r"up\.2[^:]*: an in-place op on memory that other values share cannot be cut safely", text)
+
+
+def test_an_axis_that_placement_refuses_is_dropped_alone(monkeypatch: pytest.MonkeyPatch):
+    def refuse(program: Program) -> Program:
+        if axes_of(program.parameters["h.1.0.weight"][0]):
+            at = next(n for n in program.graph.nodes if n.meta.get("module") == "h.1.1")
+            raise ShardingError("refused", where=where(at), why="this op cannot take it")
+        return program
+
+    monkeypatch.setattr(planner, "AFTER", (axes, refuse))
+    spec = tpcompile.plan(Residual(), 2, wide(12))
+    assert rows(spec) == {"h.{0,2}.0": "column", "h.{0,2}.2": "row"}
+    assert "this op cannot take it (aten.gelu.default in h.1.1" in re.sub(r"\n#\s+", " ", spec.text())
 
 
 def test_a_degree_that_no_axis_can_take_cuts_nothing():

@@ -21,14 +21,18 @@ def fold(wanted: Iterable[str], known: Collection[str]) -> list[Pattern]:
     """
     names = dict.fromkeys(wanted)
     meant, everything = _by_template(names), _by_template(known)
+    others = [name for name in known if name not in names]
     rows: dict[_Row, None] = {}
     for template, members in meant.items():
+        starred = tuple((part,) for part in template.split("."))
         exact = members.keys() == everything.get(template, members).keys()
-        rows |= {tuple((part,) for part in name.split(".")): None for name in ([template] if exact else members)}
+        if exact and not any(map(_pattern(starred).matches, others)):
+            rows[starred] = None
+        else:
+            rows |= {tuple((part,) for part in name.split(".")): None for name in members}
     found = list(rows)
     for position in range(max(map(len, found), default=0)):
         found = _merged(found, position)
-    others = [name for name in known if name not in names]
     return [_pattern(_starred(row, others)) for row in found]
 
 

@@ -193,4 +193,22 @@ def module_at(root: nn.Module, path: str, layers: Iterable[str]) -> nn.Module:
     return module
 
 
-__all__ = ["Functions", "Layer", "is_random", "module_at", "nest", "repeated_layers"]
+def install(
+    module: nn.Module, graph: torch.fx.Graph, layers: frozenset[str], functions: Functions
+) -> Callable[..., Any]:
+    """Give layers the code of their calls in ``graph``; returns the function of the rest, which takes ``module``."""
+    root, inside = nest(graph, layers)
+    first: dict[str, int] = {}
+    for path, code in inside:
+        layer = module_at(module, path, layers)
+        assert isinstance(layer, Layer)
+        first.setdefault(path, len(layer.calls))
+        layer.calls.append(functions.of(code))
+    for node in root.nodes:
+        if node.op == "call_module":
+            call, *tensors = node.args
+            node.args = (call + first[str(node.target)], *tensors)  # type: ignore[operator]
+    return functions.of(root)
+
+
+__all__ = ["Functions", "Layer", "install", "is_random", "module_at", "nest", "repeated_layers"]

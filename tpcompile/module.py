@@ -23,7 +23,7 @@ from tpcompile.collectives import group_device, resolve_group, transition_of
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.launch import check_same_program
-from tpcompile.layers import Functions, Layer, is_random, module_at, nest, repeated_layers
+from tpcompile.layers import Functions, install, is_random, module_at, repeated_layers
 from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
 from tpcompile.program import Program
@@ -207,17 +207,8 @@ class TensorParallel(nn.Module):
 
     def _add_variant(self, program: Program) -> _Variant:
         bound = bind(program, dist.get_rank(self._group), self._groups)
-        root, inside = nest(bound, self._layers)
-        first: dict[str, int] = {}
-        for path, graph in inside:
-            layer = cast("Layer", module_at(self, path, self._layers))
-            first.setdefault(path, len(layer.calls))
-            layer.calls.append(self._functions.of(graph))
-        for node in root.nodes:
-            if node.op == "call_module":
-                node.args = (node.args[0] + first[str(node.target)], *node.args[1:])  # type: ignore[operator]
-        random = any(n.op == "call_function" and is_random(n) for n in program.graph.nodes)
-        variant = _Variant(program, program.captured.training, self._functions.of(root), random)
+        call = install(self, bound, self._layers, self._functions)
+        variant = _Variant(program, program.captured.training, call, any(map(is_random, program.graph.nodes)))
         self._variants.append(variant)
         return variant
 

@@ -168,7 +168,7 @@ class _Planner:
             for i, use in enumerate(uses):
                 for part in segments(use.column) if use.column is not None else ():
                     if _has(part, inside):
-                        made = True
+                        made = made or not use.table  # a lookup alone makes the width of the model
                         head = head or _is_head(use)
                         spaces.append((part, [a for a in candidates(part) if id(a) in inside]))
                 if use.row is not None and _has(use.row, inside):

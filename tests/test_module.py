@@ -1,0 +1,316 @@
+"""The compiled module on one rank: it is the model to whoever calls it, saves it or asks for its names."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import zoo
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import tpcompile
+from tpcompile import module as module_file
+from tpcompile.errors import CaptureError, ShardingError, TpcompileError
+from tpcompile.layers import Layer
+from tpcompile.module import TensorParallel
+from tpcompile.spec import Spec
+
+# First, before any other test here has made a process group.
+
+
+def test_without_a_process_group_it_says_so() -> None:
+    if dist.is_initialized():
+        pytest.skip("another test has left a process group")
+    with pytest.raises(TpcompileError) as caught:
+        tpcompile.compile(zoo.build("mlp"), Spec.parse("up.* column\ndown.* row"), example_inputs=zoo.inputs("mlp"))
+    assert caught.value.what == "there is no process group"
+    assert caught.value.why == "torch.distributed has no process group yet"
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A group of this process alone."""
+    folder = tmp_path_factory.mktemp("group")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+def compiled(name: str, model: nn.Module, inputs: Any = None) -> TensorParallel:
+    text = zoo.MODELS[name].spec
+    return tpcompile.compile(model, text and Spec.parse(text), example_inputs=inputs or zoo.inputs(name))
+
+
+@pytest.fixture(scope="module")
+def gpt2(group: None) -> tuple[nn.Module, TensorParallel]:
+    model = zoo.build("gpt2")
+    return model, compiled("gpt2", model)
+
+
+@pytest.fixture(scope="module")
+def nanogpt(group: None) -> tuple[nn.Module, TensorParallel]:
+    model = zoo.build("nanogpt", training=True)
+    return model, compiled("nanogpt", model)
+
+
+Pair = tuple[nn.Module, TensorParallel]
+
+
+def seeded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        return module(*args, **kwargs)
+
+
+def test_one_rank_communicates_nothing_and_computes_the_same(nanogpt: Pair) -> None:
+    model, tp = nanogpt
+    inputs = zoo.inputs("nanogpt")
+    assert tp.program.degree == 1
+    assert tp.program.collectives == ()
+    assert "collectives" not in str(tp.program)
+    torch.testing.assert_close(seeded(tp, **inputs), seeded(model, **inputs))
+    for module in (model, tp):
+        module.zero_grad()
+        torch.manual_seed(5)
+        module(**inputs).square().mean().backward()
+    wanted = {n: p.grad for n, p in model.named_parameters()}
+    got = tpcompile.full_gradients(tp)
+    assert wanted.keys() == got.keys()
+    for name, gradient in wanted.items():
+        assert gradient is not None
+        torch.testing.assert_close(got[name], gradient)
+
+
+def test_names_are_those_of_the_model(gpt2: Pair, nanogpt: Pair) -> None:
+    for model, tp in (gpt2, nanogpt):
+        assert {n for n, _ in tp.named_parameters()} == {n for n, _ in model.named_parameters()}
+        assert {n for n, _ in tp.named_buffers()} >= {n for n, _ in model.named_buffers()}
+        assert tp.state_dict().keys() == model.state_dict().keys()
+        assert tpcompile.full_state_dict(tp).keys() == model.state_dict().keys()
+    _, tp = nanogpt
+    assert tp.get_parameter("lm_head.weight") is tp.get_parameter("transformer.wte.weight")
+    assert "transformer.h.0.attn.allowed" not in tp.state_dict()  # a buffer that is not persistent
+    assert isinstance(tp.get_submodule("transformer.h.1"), Layer)
+    assert set(tp.parameter_layouts()) == {n for n, _ in tp.named_parameters(remove_duplicate=False)}
+
+
+def test_the_call_is_the_models_own(gpt2: Pair) -> None:
+    """By position or by name, with defaults spelled out or not; the output is of the model's class."""
+    model, tp = gpt2
+    ids = zoo.inputs("gpt2")["input_ids"]
+    expected = model(ids, use_cache=False)
+    for output in (tp(ids, use_cache=False), tp(input_ids=ids, use_cache=False, attention_mask=None)):
+        assert type(output) is type(expected)
+        assert output.keys() == expected.keys()
+        assert pytree.tree_structure(output) == pytree.tree_structure(expected)
+        torch.testing.assert_close(output.logits, expected.logits)
+    assert tp.config is model.config
+    assert len(tp._variants) == 1
+
+
+def test_another_set_of_arguments_is_compiled_once(gpt2: Pair) -> None:
+    model, tp = gpt2
+    inputs = dict(zoo.inputs("gpt2"))
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, -2:] = 0
+    before = len(tp._variants)
+    for _ in range(2):
+        torch.testing.assert_close(tp(**inputs).logits, model(**inputs).logits)
+        assert len(tp._variants) == before + 1
+    assert not torch.equal(tp(**zoo.inputs("gpt2")).logits, tp(**inputs).logits)
+
+
+def test_autocast_is_compiled_too(group: None) -> None:
+    model = zoo.build("mlp")
+    tp = compiled("mlp", model)
+    inputs = zoo.inputs("mlp")
+    plain = seeded(tp, **inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = seeded(model, **inputs), seeded(tp, **inputs)
+    assert len(tp._variants) == 2
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected)
+    assert not torch.equal(got, plain)
+
+
+def test_more_variants_than_anyone_needs_are_refused(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_file, "MAX_VARIANTS", 1)
+    tp = compiled("mlp", zoo.build("mlp"))
+    with pytest.raises(CaptureError, match="argument `src` is missing"):
+        tp()
+    tp.train()
+    with pytest.raises(CaptureError, match="the model was compiled for eval mode"):
+        tp(**zoo.inputs("mlp"))
+
+
+def test_the_models_own_assert_is_kept_with_its_line(nanogpt: Pair) -> None:
+    _, tp = nanogpt
+    length = zoo.GPTSizes(1).context
+    assert tp(torch.zeros(1, length, dtype=torch.long)).shape == (1, length, zoo.VOCABULARY)
+    with pytest.raises(CaptureError) as caught:
+        tp(torch.zeros(1, length + 1, dtype=torch.long))
+    said = str(caught.value)
+    assert "assert length <= self.context" in said
+    assert "zoo.py:" in said
+    assert str(length + 1) in said
+
+
+class Wrong(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+def wrong() -> TensorParallel:
+    return tpcompile.compile(Wrong(), Spec.parse("up column\ndown row"), example_inputs=(torch.ones(2, 4),))
+
+
+@pytest.mark.parametrize(
+    ("x", "said"), [(torch.ones(2, 4, dtype=torch.float64), "dtype"), (torch.ones(2, 5), "5"), ("text", "str")]
+)
+def test_a_wrong_input_is_refused_in_the_models_words(group: None, x: Any, said: str) -> None:
+    tp = wrong()
+    with pytest.raises(CaptureError) as caught:
+        tp(x)
+    assert "test_module.py:" in str(caught.value)
+    assert said in str(caught.value)
+    assert tp(torch.ones(2, 4)).shape == (2, 4)
+
+
+def test_train_and_eval_reach_every_module(nanogpt: Pair, gpt2: Pair) -> None:
+    assert all(module.training for module in nanogpt[1].modules())
+    assert not any(module.training for module in gpt2[1].modules())
+    model, tp = nanogpt
+    inputs = zoo.inputs("nanogpt")
+    before = len(tp._variants)
+    tp.eval()
+    model.eval()
+    torch.testing.assert_close(seeded(tp, **inputs), seeded(model, **inputs))
+    tp.train()
+    model.train()
+    torch.testing.assert_close(seeded(tp, **inputs), seeded(model, **inputs))
+    assert len(tp._variants) == before + 1
+    assert not torch.equal(seeded(tp, **inputs), seeded(tp.eval(), **inputs))
+    tp.train()
+
+
+def test_the_model_may_be_deleted_and_its_memory_is_free(group: None) -> None:
+    model = zoo.build("mlp", training=True)
+    inputs = zoo.inputs("mlp")
+    expected = seeded(model, **inputs)
+    tp = compiled("mlp", model)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    assert all(ref() is not None for ref in weights)
+    del model
+    gc.collect()
+    assert [ref() for ref in weights] == [None] * len(weights)
+    torch.testing.assert_close(seeded(tp, **inputs), expected)
+    assert seeded(tp.eval(), **inputs).shape == expected.shape  # captured again, without the model
+    assert str(tp.program)
+    assert tp.program.explain("up.0.weight")
+
+
+def test_the_model_is_left_alone(group: None) -> None:
+    model = zoo.build("mlp", training=True)
+    before = copy.deepcopy(model.state_dict())
+    tp = compiled("mlp", model)
+    tp(**zoo.inputs("mlp")).sum().backward()
+    with torch.no_grad():
+        for p in tp.parameters():
+            p.zero_()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
+
+
+def test_frozen_parameters_stay_frozen(group: None) -> None:
+    model = zoo.build("mlp")
+    model.get_parameter("up.1.weight").requires_grad_(False)
+    tp = compiled("mlp", model)
+    tp(**zoo.inputs("mlp")).sum().backward()
+    assert "up.1.weight" not in tpcompile.full_gradients(tp)
+    assert len(tpcompile.full_gradients(tp)) == len(list(model.parameters())) - 1
+
+
+def test_saved_and_loaded(group: None) -> None:
+    """Through ``torch.save``, into a module made of other weights; and back into the model itself."""
+    model = zoo.build("mlp", training=True)
+    tp = compiled("mlp", model)
+    other = compiled("mlp", nn.Module.train(_drawn_again(model)))
+    inputs = zoo.inputs("mlp")
+    assert not torch.equal(seeded(other, **inputs), seeded(tp, **inputs))
+    file = io.BytesIO()
+    torch.save({"local": tp.state_dict(), "full": tpcompile.full_state_dict(tp)}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other.load_state_dict(saved["local"])
+    assert torch.equal(seeded(other, **inputs), seeded(tp, **inputs))
+    again = zoo.build("mlp", training=True)
+    again.load_state_dict(saved["full"])
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def _drawn_again(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(torch.randn_like(p))
+    return other
+
+
+def test_outputs_are_ordinary_values(gpt2: Pair) -> None:
+    _, tp = gpt2
+    with torch.inference_mode():
+        inferred = tp(**zoo.inputs("gpt2"))
+    output = seeded(tp, **zoo.inputs("gpt2"))
+    copied = copy.deepcopy(output)
+    assert type(copied) is type(output)
+    assert torch.equal(copied.logits, output.logits)
+    assert torch.equal(inferred.logits, output.logits)
+    assert type(output.logits) is Tensor
+
+
+class Scaled(nn.Module):
+    """Its first parameter has no dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.down(self.up(x).relu())
+
+
+def test_moving_to_where_it_is_does_nothing_and_elsewhere_is_refused(group: None) -> None:
+    tp = tpcompile.compile(Scaled(), Spec.parse("up column\ndown row"), example_inputs=(torch.ones(2, 4),))
+    assert tp.float().cpu().to(torch.float32) is tp
+    for move in (tp.double, tp.half, lambda: tp.to("meta")):
+        with pytest.raises(TpcompileError, match=r"cannot be moved from torch\.float32 on cpu to"):
+            move()
+    assert tp(torch.ones(2, 4)).dtype == torch.float32
+
+
+def test_a_graph_that_needs_other_cuts_is_refused(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameters are held as the first graph needs them; another one must not read them otherwise."""
+    tp = compiled("mlp", zoo.build("mlp"))
+    held = zoo.program("mlp", 2)
+    monkeypatch.setattr(tp, "_layouts", dict(held.parameters))
+    monkeypatch.setattr(tp, "_mesh", held.mesh)
+    with pytest.raises(ShardingError) as caught:
+        tp.train()(**zoo.inputs("mlp"))
+    assert caught.value.what == "this call needs up.0.weight cut in another way than it is held"
+    assert caught.value.why is not None
+    assert "held as [96/tp, 64], needed as [96, 64]" in caught.value.why
