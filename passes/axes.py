@@ -17,11 +17,12 @@ import torch.fx
 from tpcompile.errors import ShardingError, Where
 from tpcompile.layout import Layout, Leaf, Mesh, axes_of, concat, product
 from tpcompile.passes.decompose import DECOMPOSITIONS
+from tpcompile.passes.structure import SUMMED
 from tpcompile.program import Cut, Program, where
 from tpcompile.rules import RULES, op_name
 from tpcompile.sentence import Sentence
 from tpcompile.spec import Claim
-from tpcompile.structure import Atom, Cat, Prod, Term, atoms, factors, find, prod, segments, size
+from tpcompile.structure import Atom, Cat, Pin, Prod, Term, atoms, factors, find, prod, segments, size
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def cuttable(term: Term) -> list[Atom]:
     """The candidates that no op pins; if there are none, those that only ops pin which can be written out."""
     everything = candidates(term)
     free = [a for a in everything if not a.pins]
-    return free or [a for a in everything if all(op_name(p.node) in DECOMPOSITIONS for p in a.pins)]
+    return free or [a for a in everything if all(_costs_only(p) for p in a.pins)]
 
 
 def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[tuple[Atom, ...], int]]:
@@ -228,7 +229,7 @@ def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[tuple[Atom
     everything = candidates(term)
     free = everything if claim.word == "vocab" else cuttable(term)
     if not free:
-        pin = next((p for a in everything for p in a.pins if op_name(p.node) not in DECOMPOSITIONS), None)
+        pin = next((p for a in everything for p in a.pins if not _costs_only(p)), None)
         raise ShardingError(
             f"{claim.parameter} cannot be cut `{claim.word}`: the axis of "
             f"{' * '.join(str(a.size) for a in everything)} positions meets an op that needs it whole",
@@ -268,6 +269,11 @@ def divide_atoms(term: Term, free: Sequence[Atom], degree: int) -> list[tuple[tu
     nested = len(free) > 1 and _neighbours(term, free[0], free[1])
     chosen = divide([a.size for a in free], degree, nested)
     return None if chosen is None else [(tuple(free[i] for i in group), over) for group, over in chosen]
+
+
+def _costs_only(pin: Pin) -> bool:
+    """Whether a cut is possible in spite of the pin, at the price of collectives: taken only where nothing else is."""
+    return pin.reason == SUMMED or op_name(pin.node) in DECOMPOSITIONS
 
 
 def _neighbours(term: Term, outer: Atom, inner: Atom) -> bool:

@@ -120,8 +120,7 @@ def _attention(site: Site) -> torch.fx.Node | None:
     scores = site.emit(aten.matmul.default, q, site.emit(aten.transpose.int, k, -2, -1))
     if causal:
         rows, columns = (site.emit(aten.sym_size.int, x, -2) for x in (q, k))
-        device = site.node.meta["val"].device
-        ones = site.emit(aten.ones.default, [rows, columns], dtype=torch.bool, device=device)
+        ones = site.emit(aten.new_ones.default, scores, [rows, columns], dtype=torch.bool)
         mask = site.emit(aten.tril.default, ones)
     if mask is not None and mask.meta["val"].dtype == torch.bool:
         away = site.emit(aten.logical_not.default, mask)

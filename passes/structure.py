@@ -12,12 +12,16 @@ from tpcompile.rules import RULES, op_name
 from tpcompile.sentence import Sentence, tensor_operands
 from tpcompile.structure import Atom, Term, Unifier, atoms
 
+SUMMED = "two values are multiplied and summed along it"
+"""Why a head dim is the last thing to cut: attention scores would be partial sums."""
+
 
 def structure(program: Program) -> Program:
     """Fill ``program.structure``. Knows nothing of specs or placement; unknown ops pin what they touch."""
     unifier = Unifier()
     values: dict[str, tuple[tuple[Term, ...], ...]] = {}
     parameters: dict[str, tuple[Term, ...]] = {}
+    weights: set[str] = set()  # parameters, and views and casts of one
     for node in program.graph.nodes:
         unifier.node = node
         value = node.meta.get("val")
@@ -26,6 +30,7 @@ def structure(program: Program) -> Program:
             if name not in parameters:
                 parameters[name] = tuple(Atom(n, name in program.captured.parameters) for n in program.shape(node))
             values[node.name] = (parameters[name],)
+            weights |= {node.name} if name in program.captured.parameters else set()
         elif node.op == "placeholder" and isinstance(value, torch.Tensor):
             values[node.name] = (tuple(Atom(n) for n in program.shape(node)),)
         elif node.op == "call_function" and node.target is operator.getitem:
@@ -33,12 +38,18 @@ def structure(program: Program) -> Program:
             if source.name in values and isinstance(value, torch.Tensor):
                 values[node.name] = (values[source.name][index],)
         elif node.op == "call_function" and isinstance(value, (torch.Tensor, tuple, list)):
-            values[node.name] = _tie(program, node, unifier, values)
+            operands = {x.name for x in tensor_operands(node)}
+            weights |= {node.name} if len(operands) == 1 and operands <= weights else set()
+            values[node.name] = _tie(program, node, unifier, values, weights)
     return program.with_(structure=Structure(values, parameters))
 
 
 def _tie(
-    program: Program, node: torch.fx.Node, unifier: Unifier, values: dict[str, tuple[tuple[Term, ...], ...]]
+    program: Program,
+    node: torch.fx.Node,
+    unifier: Unifier,
+    values: dict[str, tuple[tuple[Term, ...], ...]],
+    weights: set[str],
 ) -> tuple[tuple[Term, ...], ...]:
     call = program.call(node)
     fresh = tuple(tuple(Atom(n) for n in shape) for shape in call.results)
@@ -55,7 +66,14 @@ def _tie(
                 unifier.pin(term, why)
         return fresh
     operands = [values[x.name][0] for x in call.operands]
-    return _unify_sentence(sentence, operands, unifier)
+    results = _unify_sentence(sentence, operands, unifier)
+    if sentence.sums and len(operands) > 1 and not {x.name for x in call.operands} & weights:
+        kept = {x for labels in sentence.results for x in labels}
+        for labels, dims in zip(sentence.operands, operands, strict=True):
+            for label, term in zip(labels, dims, strict=True):
+                if label is not None and label not in kept:
+                    unifier.pin(term, SUMMED)
+    return results
 
 
 def _unify_sentence(

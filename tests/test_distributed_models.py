@@ -31,7 +31,7 @@ from tpcompile.layers import Functions
 from tpcompile.module import TensorParallel, bind
 from tpcompile.spec import Spec
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
 TIMEOUT = 540.0
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-10}

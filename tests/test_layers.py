@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from tpcompile import layers as layers_file
 from tpcompile.capture import Captured, capture
 from tpcompile.layers import Functions, Layer, install, module_at, nest, repeated_layers
+from tpcompile.module import bind
 
 # Where the layers are.
 
@@ -92,7 +93,7 @@ def same(one: Result, other: Result) -> bool:
     """Bitwise."""
     (outputs, gradients), (others, other_gradients) = one, other
     assert len(outputs) == len(others)
-    return all(map(torch.equal, outputs, others)) and all(
+    return all(map(torch.equal, outputs, others)) and all(  # pyright: ignore
         g is other_gradients[n] or torch.equal(g, other_gradients[n]) for n, g in gradients.items() if g is not None
     )
 
@@ -118,6 +119,18 @@ def test_alike_layers_share_one_function(name: str, path: str) -> None:
     calls = calls_of(zoo.case(name, 3, True).captured)
     assert [where for where, _ in calls] == [path.format(i) for i in range(3)]
     assert len({id(function) for _, function in calls}) == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_few_kv", "gemma2", "torch_transformer"])
+def test_so_do_alike_layers_of_the_rewritten_program(name: str) -> None:
+    program = zoo.program(name, 4, 3, True)
+    layers = repeated_layers(program.captured.module_classes)
+    for rank in (0, 3):
+        bound = bind(program, rank, {group: group for group in program.mesh.all_groups()})
+        functions = Functions()
+        _, inside = nest(bound, layers)
+        assert [path for path, _ in inside] == sorted(layers)
+        assert len({id(functions.of(code)) for _, code in inside}) == 1
 
 
 def test_layers_that_differ_do_not_share() -> None:

@@ -103,7 +103,8 @@ def is_random(node: torch.fx.Node) -> bool:
 def _segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[_Segment]:
     """Runs of nodes of one layer; nodes outside that need nothing of the open layer go in front of it.
 
-    What draws random numbers stays where it is: they are drawn in the order of one device.
+    What draws random numbers stays where it is: they are drawn in the order of one device. Sizes are computed outside:
+    the trace has each of them once, wherever it is first needed, and alike layers are to stay alike.
     """
     done: list[_Segment] = []
     before: list[torch.fx.Node] = []
@@ -112,10 +113,11 @@ def _segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[_Segment]:
     moves = not any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.nodes)
     for node in graph.nodes:
         path = next((m for m in node.meta.get("modules") or () if m in layers), None)
-        if node.op != "call_function":
+        free = not reached & set(node.all_input_nodes)
+        if node.op != "call_function" or (free and _is_size(node)):
             path = None
-        fixed = not moves or node.op == "output" or is_random(node)
-        if current is not None and path is None and not fixed and not reached & set(node.all_input_nodes):
+        fixed = node.op == "output" or is_random(node) or not (moves or _is_size(node))
+        if current is not None and path is None and free and not fixed:
             before.append(node)
             continue
         if current is None or path != current.path:
@@ -129,6 +131,10 @@ def _segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[_Segment]:
         current.nodes.append(node)
         reached.add(node)
     return done
+
+
+def _is_size(node: torch.fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
 def _layer_graph(

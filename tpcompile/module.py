@@ -229,7 +229,10 @@ class TensorParallel(nn.Module):
             )
         if skeleton.training != self.training:
             skeleton.train(self.training)
-        program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs)
+        try:
+            program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs)
+        except TpcompileError as error:
+            raise error from refused
         _check_same(program, self._group)
         self._check_layouts(program)
         variant = self._add_variant(program)

@@ -145,7 +145,8 @@ def _messages(program: Program, node: torch.fx.Node, sizes: Mapping[sympy.Symbol
     operands: list[Any] = list(first) if isinstance(first, (list, tuple)) else [first]
     shapes = [tuple(_at(n, sizes) for n in x.meta["val"].shape) for x in operands]
     itemsize = operands[0].meta["val"].element_size()
-    shapes = [_local(program, node, shape) for shape in shapes]
+    many = isinstance(first, (list, tuple))
+    shapes = [_local(program, x if many else node, s, whole=not many) for x, s in zip(operands, shapes, strict=True)]
     numel = sum(_product(s) for s in shapes)
     if transition.name == "copy_segments":
         dim, runs = int(node.args[1]), resolve(node.args[2], 0)  # type: ignore[arg-type]
@@ -166,14 +167,14 @@ def _is_parameter(node: torch.fx.Node) -> bool:
     ))  # fmt: skip
 
 
-def _local(program: Program, node: torch.fx.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the message: whole along the dims that this collective gathers, local along those it leaves cut."""
+def _local(program: Program, node: torch.fx.Node, shape: tuple[int, ...], whole: bool) -> tuple[int, ...]:
+    """Local shape of the node's value; where ``whole``, the dims that the node itself gathers or cuts stay whole."""
     from tpcompile.layout import axes_of, local_size
 
     placed = node.meta.get("placement")
     if placed is None or isinstance(placed, tuple):
         return shape
-    changed = {a for a in program.mesh.axes if _changes(node, placed, a)}
+    changed = {a for a in program.mesh.axes if whole and _changes(node, placed, a)}
     return tuple(
         local_size(d, program.mesh, 0) if axes_of(d) and not axes_of(d) & changed else n
         for n, d in zip(shape, placed.dims, strict=True)
