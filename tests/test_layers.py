@@ -93,8 +93,10 @@ def same(one: Result, other: Result) -> bool:
     """Bitwise."""
     (outputs, gradients), (others, other_gradients) = one, other
     assert len(outputs) == len(others)
-    return all(map(torch.equal, outputs, others)) and all(  # pyright: ignore
-        g is other_gradients[n] or torch.equal(g, other_gradients[n]) for n, g in gradients.items() if g is not None
+    return all(map(torch.equal, outputs, others)) and all(
+        torch.equal(g, other_gradients[n])  # pyright: ignore[reportArgumentType]
+        for n, g in gradients.items()
+        if g is not None
     )
 
 

@@ -140,7 +140,7 @@ PLANNED: Mapping[str, Case] = {
 
 @lru_cache(maxsize=4)
 def captured(name: str) -> tuple[nn.Module, Inputs, Captured]:
-    build, inputs = (SHIPPED | PLANNED)[name]  # pyright: ignore
+    build, inputs = (SHIPPED | PLANNED)[name]  # pyright: ignore[reportOperatorIssue]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, given_inputs = build(2).eval(), inputs()

@@ -85,7 +85,7 @@ class Plan:
     degree: int
 
     def name(self, role: str) -> str:
-        return self.names[ROLES.index(role)]  # pyright: ignore
+        return self.names[ROLES.index(role)]  # pyright: ignore[reportArgumentType]
 
     def spec(self) -> str:
         """Lines that cut every block and the vocabulary."""
