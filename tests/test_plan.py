@@ -156,8 +156,11 @@ def held(program: Program) -> Mapping[str, list[list[list[int]]]]:
     }
 
 
-@pytest.mark.parametrize("degree", [2, 4])
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    ("name", "degree"),
+    # three kv heads interleaved with their queries have no place for four ranks
+    [(name, degree) for name in SHIPPED for degree in (2, 4) if (name, degree) != ("falcon_gqa", 4)],
+)
 def test_a_plan_cuts_what_the_shipped_spec_cuts(name: str, degree: int):
     model, inputs, graph = captured(name)
     shipped, cutting = choose_spec(model, None), PIPELINE[: PIPELINE.index(axes) + 1]
