@@ -296,6 +296,7 @@ def answers() -> dict[str, Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_on_two_ranks_in_place_is_bit_for_bit_out_of_place() -> None:
     for rank in run(answers, 2):
         for name, training, strided in MODELS:
