@@ -9,6 +9,7 @@ from tpcompile.passes.constants import constants
 from tpcompile.passes.decompose import decompose
 from tpcompile.passes.emit import emit
 from tpcompile.passes.forward_all_reduces import forward_all_reduces
+from tpcompile.passes.functionalize import functionalize
 from tpcompile.passes.in_place import in_place
 from tpcompile.passes.parameter_copies import parameter_copies
 from tpcompile.passes.place import place
@@ -17,6 +18,7 @@ from tpcompile.passes.tidy import tidy
 from tpcompile.program import Pass
 
 PIPELINE: tuple[Pass, ...] = (
+    functionalize,  # no op writes into another value
     canonicalize,  # fewer kinds of ops
     structure,  # which dims are one index space
     axes,  # which index spaces the spec cuts

@@ -69,7 +69,7 @@ def axes(program: Program) -> Program:
             continue
         before = 1
         try:
-            chosen = _choose(program, claim, part)
+            chosen = _choose(program, claim, part, term)
         except ShardingError as error:
             refused.append((term, error))
             continue
@@ -224,10 +224,19 @@ def cuttable(term: Term) -> list[Atom]:
     return free or [a for a in everything if all(_costs_only(p) for p in a.pins)]
 
 
-def _choose(program: Program, claim: Claim, term: Term) -> list[tuple[tuple[Atom, ...], int]]:
-    """Atoms of ``term`` to cut and over how many ranks each, outermost first; they multiply to the degree."""
+def _choose(program: Program, claim: Claim, term: Term, whole: Term) -> list[tuple[tuple[Atom, ...], int]]:
+    """Atoms of ``term``, a segment of ``whole``, to cut and over how many ranks each, outermost first; they multiply to
+    the degree."""
     everything = candidates(term)
     free = everything if claim.word == "vocab" else cuttable(term)
+    if not everything and size(whole) > 1 and not candidates(whole):
+        tied = next((a.ties[-1] for a in atoms(whole) if a.ties), None)
+        raise ShardingError(
+            f"{claim.parameter} cannot be cut `{claim.word}`: its {size(whole)} positions are used one by one",
+            where=where(tied) if tied is not None else claim.line.where,
+            why=f"slices of the axis meet shifted against one another; the line is {_line(claim)}",
+            help=f"say `replicate` for {claim.module}, or cut another axis",
+        )
     if not free:
         pin = next((p for a in everything for p in a.pins if not _costs_only(p)), None)
         raise ShardingError(
@@ -358,11 +367,17 @@ def _layouts(program: Program, cuts: Sequence[Cut], whole: frozenset[str]) -> di
                 if axes_of(a) & axes_of(b):
                     raise ShardingError(
                         f"two dims of {name} ({a} and {b}) would be cut over the same ranks",
-                        where=Where(module=name.rpartition(".")[0] or None),
+                        where=where(uses[0].node) if (uses := uses_of(program, name)) else _line_of(cuts, name),
                         why="both index spaces are tied to one that the spec cuts",
                         help=f"say `replicate` for {name}, or remove one of the lines that cut it",
                     )
     return found
+
+
+def _line_of(cuts: Sequence[Cut], name: str) -> Where:
+    """The line that cuts a parameter, else its module."""
+    lines = (c.claim.line.where for c in cuts if c.parameter == name and c.claim is not None)
+    return next(lines, None) or Where(module=name.rpartition(".")[0] or None)
 
 
 def _check_rows(

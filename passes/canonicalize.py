@@ -1,8 +1,7 @@
 """Canonical form: fewer kinds of ops, so that fewer rules say the same. The graph still computes what it did.
 
-Biases become additions of their own (a row bias is added after the sum), in-place ops become ordinary ones where no
-alias can tell, a pick by constant indices becomes a slice, fused attention with dropout or grouped heads is written
-out, and ops that do nothing go.
+Biases become additions of their own (a row bias is added after the sum), a pick by constant indices becomes a slice,
+fused attention with dropout or grouped heads is written out, and ops that do nothing go.
 """
 
 # pyright: reportPrivateUsage=false
@@ -10,16 +9,16 @@ out, and ops that do nothing go.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.fx
 
+from tpcompile.aliasing import is_inplace
+from tpcompile.effects import drop_dead
 from tpcompile.program import Program, copy_graph
 from tpcompile.rules import op_name
-from tpcompile.sentence import argument, is_tensor
+from tpcompile.sentence import argument
 from tpcompile.site import Site
 
 aten = torch.ops.aten
@@ -58,9 +57,27 @@ def _dropout(site: Site) -> torch.fx.Node | None:
 
 
 def _slice(site: Site) -> torch.fx.Node | None:
-    shape = site.shape(site.arg("self"))
-    same = shape == site.shape(site.node) and (site.arg("step") or 1) == 1
-    return site.arg("self") if same else None
+    """A slice of all is the value itself, one of whole parts of a concatenation these parts."""
+    source = site.arg("self")
+    if (site.arg("step") or 1) != 1:
+        return None
+    if site.same_shape(source, site.node):
+        return source
+    dim = int(site.arg("dim")) % len(site.shape(source))
+    if op_name(source) != "aten.cat.default" or int(argument(source, "dim")) % len(site.shape(source)) != dim:
+        return None
+    if any(n.op == "call_function" and is_inplace(n) for n in site.graph.nodes):
+        return None  # a part is not the memory of the concatenation
+    first = site.size(0 if site.arg("start") is None else site.arg("start"))
+    first, taken, at = (first + site.shape(source)[dim] if first < 0 else first), list[torch.fx.Node](), 0
+    last = first + site.shape(site.node)[dim]
+    for part in argument(source, "tensors"):
+        n = site.shape(part)[dim]
+        taken += [part] if first <= at and at + n <= last and n else []
+        at += n
+    if sum(site.shape(part)[dim] for part in taken) != last - first:
+        return None
+    return taken[0] if len(taken) == 1 else site.emit(aten.cat.default, taken, dim)
 
 
 def _broadcast(site: Site) -> torch.fx.Node:
@@ -70,7 +87,7 @@ def _broadcast(site: Site) -> torch.fx.Node:
 def _same_shape(site: Site) -> torch.fx.Node | None:
     operand = site.node.args[0]
     assert isinstance(operand, torch.fx.Node)
-    return operand if site.shape(operand) == site.shape(site.node) else None
+    return operand if site.same_shape(operand, site.node) else None
 
 
 def _cast(site: Site) -> torch.fx.Node | None:
@@ -151,46 +168,10 @@ REWRITES: dict[str, Rewrite] = {
     "aten.scaled_dot_product_attention.default": _attention,
 }
 
-VIEWS = frozenset(
-    [
-        "aten.view.default",
-        "aten.reshape.default",
-        "aten.transpose.int",
-        "aten.permute.default",
-        "aten.t.default",
-        "aten.slice.Tensor",
-        "aten.select.int",
-        "aten.unsqueeze.default",
-        "aten.squeeze.dim",
-        "aten.squeeze.dims",
-        "aten.squeeze.default",
-        "aten.expand.default",
-        "aten.split.Tensor",
-        "aten.split_with_sizes.default",
-        "aten.chunk.default",
-        "aten.unbind.int",
-        "aten.detach.default",
-        "aten.alias.default",
-        "aten.flatten.using_ints",
-        "aten.unflatten.int",
-        "aten.contiguous.default",
-        "aten.to.dtype",
-        "aten.to.dtype_layout",
-        "aten.to.device",
-        "aten.type_as.default",
-        "aten.dropout.default",
-        "aten.feature_dropout.default",
-        "aten.alpha_dropout.default",
-        "getitem",
-    ]
-)
-"""Ops that may hand on the memory of their first operand (more are known by their schemas)."""
-
 
 def canonicalize(program: Program) -> Program:
     """Rewrite the captured graph into canonical form."""
     module, graph = copy_graph(program.graph_module)
-    _drop_mutation(program, graph)
     for node in list(graph.nodes):
         rewrite = REWRITES.get(op_name(node)) if node.op == "call_function" else None
         if rewrite is None:
@@ -200,108 +181,9 @@ def canonicalize(program: Program) -> Program:
         if made is not None:
             node.replace_all_uses_with(made)
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     module.recompile()
     return program.with_(graph_module=module)
 
 
-def _drop_mutation(program: Program, graph: torch.fx.Graph) -> None:
-    """``x.add_(y)`` becomes ``x + y`` where nothing that shares x's memory is read afterwards."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    held = holders(graph)
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not is_inplace(node):
-            continue
-        base = node.args[0]
-        functional = functional_overload(node)
-        family = aliases(base, held) if isinstance(base, torch.fx.Node) else set[torch.fx.Node]()
-        outside = any(n.op in ("get_attr", "placeholder") for n in family)
-        earlier = [n for n in family if order[n] < order[node]]
-        later = [u for n in earlier for u in n.users if order[u] > order[node]]
-        ours = {u for u in later if all(a is base for a in u.all_input_nodes if a in earlier)}
-        if functional is None or outside or set(later) - ours:
-            continue
-        assert isinstance(base, torch.fx.Node)
-        with graph.inserting_before(node):
-            made = Site(program, graph, node).emit(functional, *node.args, **node.kwargs)
-        order[made] = order[node]
-        for user in ours:
-            user.replace_input_with(base, made)
-        node.replace_all_uses_with(made)
-        graph.erase_node(node)
-
-
-def is_inplace(node: torch.fx.Node) -> bool:
-    """Whether the op writes into its first tensor operand."""
-    target: Any = node.target
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and target._schema.is_mutable
-        and is_tensor(node.args[0] if node.args else None)
-    )
-
-
-def functional_overload(node: torch.fx.Node) -> Any:
-    """``aten.add_.Tensor`` -> ``aten.add.Tensor``; None when there is no such op or results may change type."""
-    target: Any = node.target
-    name = target._schema.name.split("::")[-1]
-    if not name.endswith("_") or name.endswith("__"):
-        return None
-    packet = getattr(aten, name[:-1], None)
-    found = getattr(packet, target._overloadname, None) if packet is not None else None
-    first = node.args[0]
-    assert isinstance(first, torch.fx.Node)
-    if found is None or first.meta["val"].dtype != node.meta["val"].dtype:
-        return None
-    return found
-
-
-def may_share(node: torch.fx.Node) -> bool:
-    """Whether a result of the op may share memory with its first operand (or, of a list, with its items)."""
-    target: Any = node.target
-    if node.op != "call_function" or op_name(node) in VIEWS or is_inplace(node):
-        return node.op == "call_function"
-    return isinstance(target, torch._ops.OpOverload) and any(a.alias_info for a in target._schema.arguments)
-
-
-Holders = Mapping[int, Sequence[torch.fx.Node]]
-
-
-def holders(graph: torch.fx.Graph) -> Holders:
-    """The nodes whose fake values lie in one storage, by storage."""
-    held: dict[int, list[torch.fx.Node]] = defaultdict(list)
-    for node in graph.nodes:
-        for storage in _storages(node):
-            held[storage].append(node)
-    return held
-
-
-def aliases(node: torch.fx.Node, held: Holders) -> set[torch.fx.Node]:
-    """Nodes that may share memory with ``node``: through ops that may view, and by the storage of their fake values."""
-    family = {node}
-    pending = [node]
-    while pending:
-        found = pending.pop()
-        near = [user for user in found.users if may_share(user) and found in _viewed(user)]
-        near += _viewed(found) if may_share(found) else []
-        near += [other for storage in _storages(found) for other in held.get(storage, ())]
-        for other in near:
-            if other not in family:
-                family.add(other)
-                pending.append(other)
-    return family
-
-
-def _viewed(node: torch.fx.Node) -> list[torch.fx.Node]:
-    first = node.args[0] if node.args else None
-    items = first if isinstance(first, (list, tuple)) else [first]
-    return [x for x in items if isinstance(x, torch.fx.Node)]
-
-
-def _storages(node: torch.fx.Node) -> list[int]:
-    value = node.meta.get("val")
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)]
-
-
-__all__ = ["aliases", "canonicalize", "holders", "is_inplace", "may_share"]
+__all__ = ["canonicalize"]

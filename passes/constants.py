@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import torch.fx
 
+from tpcompile.aliasing import is_inplace
 from tpcompile.layout import Layout, LayoutError, Leaf, Mesh, axes_of, regroup
-from tpcompile.passes.canonicalize import is_inplace
 from tpcompile.passes.place import needs_grad
 from tpcompile.placement import Placement, PlacementError, solve
 from tpcompile.program import Program, Row

@@ -15,10 +15,23 @@ import torch
 import torch.fx
 
 from tpcompile import collectives, kernels
+from tpcompile.aliasing import aliases, holders, is_inplace
 from tpcompile.errors import ShardingError
-from tpcompile.layout import Layout, axes_of, drop, positions, relative_runs, same, whole_segments
+from tpcompile.layout import (
+    Layout,
+    LayoutError,
+    Product,
+    axes_of,
+    drop,
+    local_size,
+    positions,
+    product,
+    relative_runs,
+    same,
+    size,
+    whole_segments,
+)  # fmt: skip
 from tpcompile.localize import LocalCall, per_rank
-from tpcompile.passes.canonicalize import aliases, holders, is_inplace
 from tpcompile.passes.place import needs_grad
 from tpcompile.placement import Placement, uncut
 from tpcompile.program import Program, Row, where
@@ -38,6 +51,7 @@ class _Emitter:
         self.grads = needs_grad(program)
         self.env: dict[torch.fx.Node, torch.fx.Node] = {}
         self.made: dict[tuple[torch.fx.Node, Placement], torch.fx.Node] = {}
+        self.unlike: set[torch.fx.Node] = set()  # "the same on all ranks" but for rounding
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
@@ -48,6 +62,8 @@ class _Emitter:
             self.env[node] = made = self._node(node)
             self._describe(node, before)
             row = self.program.table.get(node.name)
+            if row is not None and self._rounds_differently(node, row):
+                self.unlike.add(node)
             if row is not None and len(row.settled) == 1:
                 self._birth(node, made, row)
             if node.op == "call_function" and is_inplace(node):
@@ -70,12 +86,21 @@ class _Emitter:
         if rule is None or not any(axes_of(d) for p in (*row.operands, *row.results) for d in p.dims):
             return self._call(node, node.target, args, kwargs)
         local = LocalCall(
-            call, rule.sentence(call), row.operands, row.results, self.mesh, self.graph, args, kwargs, node.target
-        )
-        if rule.kernel is not None and (made := rule.kernel(local)) is not None:
-            return made
-        if rule.localize is not None:
-            rule.localize(local)
+            call, rule.sentence(call), row.operands, row.results, self.mesh, self.graph, args, kwargs, node.target,
+            tuple(self.program.captured.hints.values()),
+        )  # fmt: skip
+        try:
+            if rule.kernel is not None and (made := rule.kernel(local)) is not None:
+                return made
+            if rule.localize is not None:
+                rule.localize(local)
+        except LayoutError as error:
+            raise ShardingError(
+                f"{op_name(node)} cannot run on one rank's part of its operand",
+                where=where(node),
+                why=str(error),
+                help="cut another axis, `replicate` the block, or let the model keep the cut dim apart from the batch",
+            ) from error
         return self._call(node, local.target, local.args, local.kwargs)
 
     def _call(self, node: torch.fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.fx.Node:
@@ -99,8 +124,8 @@ class _Emitter:
         layout = self.program.table[source.name].settled[0].dims[dim]  # type: ignore[union-attr, index]
         if not axes_of(layout):
             return made
-        mine = [len(positions(layout, self.mesh, r)) for r in range(self.mesh.degree)]
-        whole = len(positions(drop(layout, self.mesh.axes), self.mesh, 0))
+        mine = [local_size(layout, self.mesh, r) for r in range(self.mesh.degree)]
+        whole = size(layout)
         common = [int(np.gcd(n, whole)) for n in mine]
         unit = self.graph.call_function(
             operator.floordiv, (made, per_rank([n // c for n, c in zip(mine, common, strict=True)]))
@@ -133,6 +158,18 @@ class _Emitter:
         if row.results[0] != row.settled[0]:
             made = self.place(node, row.settled[0], node)
         self.env[node] = made
+
+    def _rounds_differently(self, node: torch.fx.Node, row: Row) -> bool:
+        """Whether ranks compute a value that all of them hold beside parts of unlike sizes, in one product: its last
+        bits may differ, which is harmless until it leaves the region where gradients are partial."""
+        shared = any("H" in placed.letters for placed in row.results)
+        apart = any(
+            whole_segments(d, a) and len({local_size(d, self.mesh, r) for r in range(self.mesh.degree)}) > 1
+            for placed in (*row.operands, *row.results)
+            for d in placed.dims
+            for a in axes_of(d)
+        )
+        return apart or (shared and any(x in self.unlike for x in node.all_input_nodes))
 
     def _forget(self, node: torch.fx.Node) -> None:
         """What was made of the values that an in-place op writes to is not what they are any more."""
@@ -243,7 +280,7 @@ class _Emitter:
                     help="cut another axis, or `replicate` the block",
                 )
             function = collectives.gather if target == "R" else collectives.all_gather
-            made = self.graph.call_function(function, (x, dim, self._parts(have, want, dim, changed), group))
+            made = self._along(function, x, node, dim, have, want, changed, user)
         elif target == "S":
             dim = next(d for d, (a, b) in enumerate(zip(have.dims, want.dims, strict=True)) if a != b)
             if any(whole_segments(want.dims[dim], a) for a in changed):
@@ -253,7 +290,7 @@ class _Emitter:
                 function = {"P": collectives.reduce_scatter, "R": collectives.scatter, "H": collectives.cut}[source]
                 if source == "R" and not has_grad:
                     function = collectives.cut
-                made = self.graph.call_function(function, (x, dim, self._parts(want, have, dim, changed), group))
+                made = self._along(function, x, node, dim, have, want, changed, user)
         else:
             function = {
                 ("P", "R"): collectives.all_reduce,
@@ -262,16 +299,72 @@ class _Emitter:
                 ("H", "R"): collectives.leave,
             }[source, target]
             made = self.graph.call_function(function, (x, group))
+            if function is collectives.leave and node in self.unlike:  # the first rank's value for everybody
+                self._annotate(made, node, want, user)
+                first = self.graph.call_function(collectives.once, (made, group))
+                self._annotate(first, node, _letters(want, changed, "P"), user)
+                made = self.graph.call_function(collectives.all_reduce, (first, group))
         self._annotate(made, node, want, node if source == "P" else user)
         return made
 
-    def _parts(self, cut: Placement, whole: Placement, dim: int, axes: Sequence[int]) -> Any:
-        """Runs of ``dim`` that each member of the group holds, in coordinates of the gathered dim."""
+    def _along(
+        self,
+        function: Any,
+        x: torch.fx.Node,
+        node: torch.fx.Node,
+        dim: int,
+        have: Placement,
+        want: Placement,
+        axes: Sequence[int],
+        user: torch.fx.Node,
+    ) -> torch.fx.Node:
+        """A transition that takes a dim apart or puts it together. Of a dim of a size that is known only when the
+        program runs (a batch merged with what is cut), the cut part is made a dim of its own meanwhile."""
+        now = have.dims[dim]
+        cut, whole = (now, want.dims[dim]) if axes_of(now) & set(axes) else (want.dims[dim], now)
+        group = self.mesh.group_name(axes)
+        if isinstance(node.meta["val"].shape[dim], int):
+            return self.graph.call_function(function, (x, dim, self._parts(cut, whole, axes), group))
+        factors = cut.factors if isinstance(cut, Product) else (cut,)
+        moved = [i for i, f in enumerate(factors) if axes_of(f) & set(axes)]
+        first, last = moved[0], moved[-1] + 1
+        inside = product(factors[first:last])
+        around = [product(factors[:first]), product(factors[last:])]
+        hints = self.program.captured.hints.values()
+        unknown = [any(size(f) % hint == 0 for hint in hints) for f in (around[0], inside, around[1])]
+        if sum(unknown) != 1 or unknown[1]:
+            raise ShardingError(
+                f"a value cut as {cut} would have to be gathered",
+                where=where(user),
+                why="the size of the dim is known only when the program runs",
+                help="cut another axis, `replicate` the block, or return the value before its dims are merged",
+            )
+        wholly, now_inside = drop(inside, axes), inside if now is cut else drop(inside, axes)
+        held = [
+            per_rank([local_size(f, self.mesh, r) for r in range(self.mesh.degree)])
+            for f in (around[0], now_inside, around[1])
+        ]
+        sizes = [-1 if open_ else n for open_, n in zip(unknown, held, strict=True)]
+        opened = self.graph.call_function(torch.ops.aten.unflatten.int, (x, dim, sizes))
+        made = self.graph.call_function(function, (opened, dim + 1, self._parts(inside, wholly, axes), group))
+        value = node.meta["val"]
+        with torch.no_grad():
+            value = value.unflatten(
+                dim, [-1 if o else size(f) for o, f in zip(unknown, (around[0], inside, around[1]), strict=True)]
+            )
+        for new, placed, f in ((opened, have, now_inside), (made, want, wholly if now is cut else inside)):
+            dims = (*placed.dims[:dim], around[0], f, around[1], *placed.dims[dim + 1 :])
+            new.meta = {k: v for k, v in user.meta.items() if k in ("module", "modules", "source", "no_grad")}
+            new.meta |= {"val": value, "placement": Placement(placed.letters, dims), "origin": "", "user": user.name}
+        return self.graph.call_function(torch.ops.aten.flatten.using_ints, (made, dim, dim + 2))
+
+    def _parts(self, cut: Layout, whole: Layout, axes: Sequence[int]) -> Any:
+        """Runs that each member of the group holds, in coordinates of the gathered dim."""
         found: list[Any] = []
         groups = self.mesh.groups(axes)
         for rank in range(self.mesh.degree):
             group = next(g for g in groups if rank in g)
-            found.append(tuple(relative_runs(cut.dims[dim], whole.dims[dim], self.mesh, m) for m in group))
+            found.append(tuple(relative_runs(cut, whole, self.mesh, m) for m in group))
         return per_rank(found)
 
     def _annotate(self, made: torch.fx.Node, value: torch.fx.Node, placed: Placement, user: torch.fx.Node) -> None:
@@ -297,7 +390,11 @@ def _only(layout: Layout, axes: Iterable[int]) -> Layout:
 
 
 def _letter(placement: Placement, axis: int, letter: str) -> Placement:
-    return placement.with_letters([letter if a == axis else x for a, x in enumerate(placement.letters)])
+    return _letters(placement, (axis,), letter)
+
+
+def _letters(placement: Placement, axes: Sequence[int], letter: str) -> Placement:
+    return placement.with_letters([letter if a in axes else x for a, x in enumerate(placement.letters)])
 
 
 __all__ = ["emit"]

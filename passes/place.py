@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.fx
 
+from tpcompile.aliasing import is_inplace
 from tpcompile.errors import ShardingError
 from tpcompile.layout import axes_of
-from tpcompile.passes.canonicalize import is_inplace
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
 from tpcompile.program import Program, Row, where
 from tpcompile.rules import RULES, op_name

@@ -14,10 +14,11 @@ import torch
 import torch.fx
 
 from tpcompile import collectives
+from tpcompile.aliasing import is_inplace, may_share
 from tpcompile.collectives import run_length, transition_of
+from tpcompile.effects import drop_dead
 from tpcompile.layout import Mesh
 from tpcompile.localize import per_rank
-from tpcompile.passes.canonicalize import is_inplace, may_share
 from tpcompile.patterns import Match, Pattern, leaf, rewrite
 from tpcompile.program import Program, copy_graph
 
@@ -36,7 +37,7 @@ def tidy(program: Program) -> Program:
     module, graph = copy_graph(program.graph_module)
     rewrite(graph, PATTERNS, program, _written(graph))
     _share_sizes(graph)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     graph.lint()
     module.recompile()
     return program.with_(graph_module=module)

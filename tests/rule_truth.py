@@ -48,8 +48,11 @@ class Given:
     dtype: torch.dtype = torch.float64
     order: tuple[int, ...] | None = None
     constant: bool = False
+    values: tuple[int, ...] | None = None  # these, instead of drawn ones
 
     def draw(self, generator: torch.Generator) -> Tensor:
+        if self.values is not None:
+            return torch.tensor(self.values, dtype=self.dtype)
         if self.dtype.is_floating_point or self.dtype.is_complex:
             x = uniform(self.shape, self.dtype, self.low, self.high, generator)
         else:
@@ -169,7 +172,7 @@ class Case:
         self.tensors = [i for i, x in enumerate(self.inputs) if isinstance(x, Tensor)]
 
     def program(self, mesh: Mesh, table: Mapping[str, Row]) -> Program:
-        captured: Any = SimpleNamespace(size=int, parameters={}, buffers={}, constants={})
+        captured: Any = SimpleNamespace(size=int, parameters={}, buffers={}, constants={}, hints={})
         return Program(captured, self.module, mesh.degree, mesh=mesh, table=table)
 
     def sentence(self, rule: Rule) -> Sentence:

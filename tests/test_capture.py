@@ -296,8 +296,10 @@ def test_the_same_tensor_twice_is_two_inputs() -> None:
 def test_hints_are_distinct_primes_and_evaluate_sizes() -> None:
     captured = capture(NanoGPT(), (ids(2, 6),))
     assert len(set(captured.hints.values())) == len(captured.hints) == 2
-    assert all(sympy.isprime(hint) and hint > 10_000 for hint in captured.hints.values())
+    assert all(map(sympy.isprime, captured.hints.values()))
     batch, length = captured.inputs[0].example.shape
+    assert captured.size(batch) > 10_000
+    assert captured.size(length) < NanoGPT().block_size, "there are no more positions"
     assert captured.size(5) == 5
     assert captured.size(batch * length + 1) == captured.size(batch) * captured.size(length) + 1
 

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import tpcompile
-from tpcompile.compare import cotangents, differentiable, gradient_errors, relative_error
+from tpcompile.compare import backward, gradient_errors, relative_error
 from tpcompile.errors import TpcompileError
 from tpcompile.layers import Functions
 from tpcompile.module import TensorParallel, bind
@@ -64,8 +64,7 @@ def step(one: nn.Module, tp: nn.Module, inputs: Mapping[str, Any], seed: int = 7
         torch.manual_seed(seed)
         outputs.append(module(**inputs))
         states.append(torch.get_rng_state())
-        leaves = differentiable(outputs[-1])
-        torch.autograd.backward(leaves, cotangents(leaves))
+        backward(outputs[-1])
     wanted = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
     got = tpcompile.full_gradients(cast("TensorParallel", tp))
     return Errors(
@@ -142,9 +141,9 @@ def in_float32(name: str) -> Answers:
     answers: dict[str, Any] = {"train": step(model, tp, inputs)}
     issued: Sent = Counter()
     with Issued(issued, "forward"):
-        leaves = differentiable(tp(**asking(inputs)))
+        output = tp(**asking(inputs))
     with Issued(issued, "backward"):
-        torch.autograd.backward(leaves, cotangents(leaves))
+        backward(output)
     answers |= {"issued": issued, "said": said(tp)}
     model.eval()
     tp.eval()
@@ -226,8 +225,7 @@ def optimized(model: nn.Module, tp: TensorParallel, inputs: Mapping[str, Any]) -
         for seed in range(3):
             torch.manual_seed(seed)
             optimizer.zero_grad()
-            leaves = differentiable(module(**inputs))
-            torch.autograd.backward(leaves, cotangents(leaves, seed))
+            backward(module(**inputs), seed=seed)
             optimizer.step()
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if p.grad is not None)
     got = tpcompile.full_state_dict(tp)

@@ -11,10 +11,11 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from tpcompile.aliasing import aliases, holders, is_inplace, may_share
 from tpcompile.capture import capture
 from tpcompile.layout import Leaf, Mesh
-from tpcompile.passes.canonicalize import aliases, canonicalize, holders, is_inplace, may_share
 from tpcompile.passes.emit import emit
+from tpcompile.passes.functionalize import functionalize
 from tpcompile.placement import Placement, cut_as, solve, uncut
 from tpcompile.program import Program, Row
 from tpcompile.rules import RULES, op_name
@@ -76,13 +77,13 @@ class Written(nn.Module):
 def test_a_view_sees_what_is_written_to_its_base(name: str) -> None:
     model, x = Written(VIEWS[name]), torch.randn(4, 6)
     captured = capture(model, (x,))
-    program = canonicalize(Program(captured, captured.graph_module, 2))
+    program = functionalize(Program(captured, captured.graph_module, 2))
     assert torch.equal(program.graph_module(x)[0], model(x))
 
 
 def test_without_an_alias_ops_become_ordinary() -> None:
     captured = capture(Written(lambda h: h.exp()), (torch.randn(4, 6),))
-    program = canonicalize(Program(captured, captured.graph_module, 2))
+    program = functionalize(Program(captured, captured.graph_module, 2))
     assert not any(is_inplace(n) for n in program.graph.nodes)
     assert {"aten.add.Tensor", "aten.mul.Tensor"} <= {op_name(n) for n in program.graph.nodes}
 
@@ -93,7 +94,7 @@ def test_a_written_input_is_left_alone() -> None:
             return x.add_(1) * 2
 
     captured = capture(Writes(), (torch.zeros(4),))
-    program = canonicalize(Program(captured, captured.graph_module, 2))
+    program = functionalize(Program(captured, captured.graph_module, 2))
     x = torch.zeros(4)
     assert program.graph_module(x)[0].tolist() == [2.0] * 4
     assert x.tolist() == [1.0] * 4
@@ -127,7 +128,7 @@ def test_a_part_made_before_a_write_is_not_read_after_it() -> None:
             table[made.name] = Row((), (placed,), (placed,), "given")
             return made
         ins = [table[n.name].settled[0] for n in made.all_input_nodes]
-        captured: Any = SimpleNamespace(size=int, parameters={}, buffers={}, constants={})
+        captured: Any = SimpleNamespace(size=int, parameters={}, buffers={}, constants={}, hints={})
         call = Program(captured, torch.fx.GraphModule({}, torch.fx.Graph()), 2).call(made)
         rule = RULES.get(op_name(made), RULES["aten.clone.default"])
         found = solve(rule.sentence(call), ins, mesh)
@@ -141,7 +142,7 @@ def test_a_part_made_before_a_write_is_not_read_after_it() -> None:
     node(graph.call_function(aten.add_.Tensor, (view, 10.0)), value[1:3])
     after = node(graph.call_function(aten.mul.Tensor, (x, w)), value * weight)
     graph.output(())
-    captured: Any = SimpleNamespace(size=int, parameters={}, buffers={}, constants={})
+    captured: Any = SimpleNamespace(size=int, parameters={}, buffers={}, constants={}, hints={})
     program = Program(captured, torch.fx.GraphModule({}, graph), 2, mesh=mesh, table=table)
     emitted = emit(program).graph_module
     last = {str(n.meta["origin"]): n for n in emitted.graph.nodes if "origin" in n.meta}

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.fx
 from goldens import Golden
-from rule_samples import SAMPLES, bools, call, ints, positive, real, samples_of
+from rule_samples import SAME, SAMPLES, bools, call, ints, positive, real, samples_of
 from rule_truth import Case, Report, Sample, check, placements
 
 from tpcompile import kernels, rules
@@ -40,7 +40,7 @@ def test_every_row_has_a_sample_and_every_sample_a_row() -> None:
 
 @pytest.mark.parametrize("rule", ROWS, ids=lambda rule: rule.op.removeprefix("aten."))
 def test_rule_is_true(rule: Rule, record_property: Callable[[str, object], None]) -> None:
-    report = check(rule, samples_of(rule.op))
+    report = check(replace(rule, op=SAME.get(rule.op, rule.op)), samples_of(rule.op))
     for name in ("tried", "accepted", "ran"):
         record_property(name, getattr(report, name))
     assert not report.failures, "\n".join(report.failures[:5])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tpcompile import shards
 from tpcompile.capture import Captured, capture
-from tpcompile.compare import cotangents, differentiable
+from tpcompile.compare import backward
 from tpcompile.compiler import choose_spec, rewrite_captured
 from tpcompile.program import Program
 from tpcompile.simulate import Recorder, Simulation
@@ -352,8 +352,7 @@ def step(rewritten: Program, given: Inputs, seed: int = 0) -> Step:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         outputs = simulation.run(flat, recorder=recorder)
-        leaves = [differentiable(list(rank)) for rank in outputs]
-        torch.autograd.backward([x for own in leaves for x in own], [g for own in leaves for g in cotangents(own)])
+        backward(*outputs)
     names = captured.parameters.keys()
     gradients = [{n: x.grad for n, x in own.items() if n in names and x.grad is not None} for own in ranks]
     return Step([list(rank) for rank in outputs], gradients, recorder)

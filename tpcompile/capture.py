@@ -194,7 +194,7 @@ class Captured:
                     help="pass inputs whose sizes agree, or compile with example_inputs of these sizes",
                 )
         for guard in self.guards:
-            if guard.condition.xreplace(values) == sympy.false:
+            if guard.fails(values):
                 condition = self._text(guard.condition)
                 raise CaptureError(
                     f"the captured graph does not cover {self._sizes_text(guard.condition.free_symbols, sizes)}",
@@ -323,7 +323,7 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         out_spec=found.out_spec,
         inputs=_inputs(inliner.placeholders, paths, found),
         guards=found.guards,
-        hints=_hints(graph_module, found.guards),
+        hints=_hints(graph_module, found.guards, found.ranges()),
         training=model.training,
         autocast=autocast,
         _slots=slots,
@@ -360,19 +360,52 @@ def _inputs(placeholders: list[fx.Node], paths: list[str], found: Trace) -> tupl
     return tuple(inputs)
 
 
-def _hints(graph_module: fx.GraphModule, guards: Sequence[Guard]) -> dict[sympy.Symbol, int]:
-    """A prime of its own for each symbol, times what the guards want it to be divisible by."""
+HINT_SCALES = (1_000_000, 10_000, 1000, 500, 250, 120, 60, 30, 12, 4)
+"""Below which primes are looked for: beyond the sizes of models first, so that no hint divides one."""
+
+
+def _hints(
+    graph_module: fx.GraphModule, guards: Sequence[Guard], ranges: Mapping[sympy.Symbol, tuple[int, int]]
+) -> dict[sympy.Symbol, int]:
+    """A prime of its own for each symbol, times what the guards want it to be divisible by.
+
+    As large as the guards and the limits of the sizes allow (a table of 512 positions limits the length), and no
+    divisor of a fixed size of the graph where that can be had: symbols that no large prime suits get smaller ones.
+    """
     symbols: set[sympy.Symbol] = set()
+    fixed: set[int] = set()
     for node in graph_module.graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             for size in value.shape if isinstance(value, torch.Tensor) else (value,):
                 if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
                     symbols |= size.node.expr.free_symbols
+                elif isinstance(size, int):
+                    fixed.add(size)
+    moduli = dict.fromkeys(symbols, 1)
+    remainders: list[Any] = [mod.args for guard in guards for mod in guard.condition.atoms(Mod)]
+    for of, by in remainders:
+        if of in moduli and isinstance(by, sympy.Integer):
+            moduli[of] = math.lcm(moduli[of], int(by))
     hints: dict[sympy.Symbol, int] = {}
-    prime = 1_000_000  # beyond the sizes of models, so that no hint divides one
-    for symbol in sorted(symbols, key=str):
-        prime = int(sympy.nextprime(prime))
-        remainders: list[Any] = [mod.args for guard in guards for mod in guard.condition.atoms(Mod)]
-        moduli = [int(by) for of, by in remainders if of == symbol and isinstance(by, sympy.Integer)]
-        hints[symbol] = prime * math.lcm(*moduli)
+    for scale in HINT_SCALES:
+        refused = _refused(hints, guards, ranges) if hints else symbols
+        if not refused:
+            break
+        prime = scale
+        for symbol in sorted(refused, key=str):
+            prime = int(sympy.nextprime(prime))
+            while scale != HINT_SCALES[0] and prime < 4 * scale and any(n % prime == 0 for n in fixed if n):
+                prime = int(sympy.nextprime(prime))
+            hints[symbol] = prime * moduli[symbol]
     return hints
+
+
+def _refused(
+    hints: Mapping[sympy.Symbol, int], guards: Sequence[Guard], ranges: Mapping[sympy.Symbol, tuple[int, int]]
+) -> set[sympy.Symbol]:
+    """The symbols of the conditions that do not hold at the hints."""
+    refused = {s for s, (low, high) in ranges.items() if s in hints and not low <= hints[s] <= high}
+    for guard in guards:
+        if guard.fails(hints):
+            refused |= {s for s in hints if s in guard.condition.free_symbols}
+    return refused

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.utils import _pytree as pytree
@@ -32,10 +32,10 @@ def relative_error(expected: torch.Tensor, got: torch.Tensor, floor: float = 0.0
 
 
 def gradient_errors(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
-    """The relative error of each gradient; one that is missing is infinitely wrong."""
+    """The relative error of each gradient; one that is missing counts as zero."""
     floor = largest(expected.values()) * GRADIENT_FLOOR
     return {
-        name: relative_error(gradient, got[name], floor) if name in got else float("inf")
+        name: relative_error(gradient, got.get(name, torch.zeros_like(gradient)), floor)
         for name, gradient in expected.items()
     }
 
@@ -49,20 +49,26 @@ def largest(tensors: Iterable[torch.Tensor]) -> float:
     return found
 
 
-def differentiable(output: object) -> list[torch.Tensor]:
-    """The tensor leaves of an output through which a gradient may flow.
+def backward(*outputs: object, seed: int = 0) -> list[torch.Tensor]:
+    """Backward from all outputs (one of a device, or one of each rank) with the same fixed random gradients.
+
+    A leaf's gradient depends on its place in the output alone, so that runs in which another set of leaves requires a
+    gradient are comparable. Returns the leaves that received one.
 
     Raises:
         TpcompileError: there is none, so a comparison of gradients would compare nothing.
     """
-    leaves = [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
-    if not leaves:
+    reached: list[torch.Tensor] = []
+    given: list[torch.Tensor] = []
+    for output in outputs:
+        generator = torch.Generator().manual_seed(seed)
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+                drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+                reached += [leaf] if leaf.requires_grad else []
+                given += [drawn] if leaf.requires_grad else []
+    if not reached:
         what = "no output of the model depends on a parameter that requires a gradient"
         raise TpcompileError(what, why="there would be nothing to compare", help="set requires_grad on a parameter")
-    return leaves
-
-
-def cotangents(leaves: Sequence[torch.Tensor], seed: int = 0) -> list[torch.Tensor]:
-    """Fixed random gradients for the outputs, the same for every run that is compared."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in leaves]
+    torch.autograd.backward(reached, given)
+    return reached

@@ -22,13 +22,14 @@ from torch.utils import _pytree as pytree
 
 from tpcompile import shards
 from tpcompile.collectives import transition_of
-from tpcompile.compare import cotangents, differentiable, gradient_errors, largest, relative_error
+from tpcompile.compare import backward, gradient_errors, largest, relative_error
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.errors import TpcompileError
 from tpcompile.layout import Concat, Layout, Leaf, Product, axes_of, concat, product, size, whole_segments
 from tpcompile.placement import Placement
 from tpcompile.program import Program, where
 from tpcompile.report import Collective
+from tpcompile.rules import op_name
 from tpcompile.simulate import Simulation
 from tpcompile.widen import widen_graph
 
@@ -66,10 +67,11 @@ class _Failure(Exception):
 
 @dataclass
 class Run:
-    """Outputs of one run and its gradients, by parameter name; those of inputs under ``input NAME``."""
+    """Outputs of one run, its gradients by parameter name (those of inputs under ``input NAME``), and its buffers."""
 
     outputs: list[Any]
     gradients: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])  # as the run left them
     replicas_equal: bool = True
 
 
@@ -159,6 +161,8 @@ def _errors(expected: Run, got: Run) -> tuple[float, float]:
             output = max(output, relative_error(a, b) if isinstance(b, torch.Tensor) else math.inf)
         elif a != b:
             output = math.inf
+    for name, buffer in got.buffers.items():
+        output = max(output, relative_error(expected.buffers[name], buffer))
     surplus = {n: g for n, g in got.gradients.items() if n not in expected.gradients}
     if largest(surplus.values()) > 0:
         return output, math.inf
@@ -182,17 +186,6 @@ def _same_random_numbers() -> Generator[None]:
         yield
 
 
-def _backward(outputs: Sequence[Sequence[Any]]) -> None:
-    """Backward from every rank's differentiable outputs with the same fixed gradients."""
-    leaves: list[torch.Tensor] = []
-    grads: list[torch.Tensor] = []
-    for rank in outputs:
-        mine = differentiable(list(rank))
-        leaves += mine
-        grads += cotangents(mine)
-    torch.autograd.backward(leaves, grads)
-
-
 def _requires_grad(x: torch.Tensor) -> torch.Tensor:
     x = x.detach().clone()
     return x.requires_grad_() if x.is_floating_point() else x
@@ -208,11 +201,11 @@ def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
             p.grad = None
         with _same_random_numbers():
             leaves = list(pytree.tree_leaves(model(*inputs[0], **inputs[1])))
-            _backward([leaves])
+            backward(leaves)
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
         gradients |= {f"input {i}": x.grad for i, x in enumerate(tensors) if x.grad is not None}
-        return Run([_plain(x) for x in leaves], gradients)
+        return Run([_plain(x) for x in leaves], gradients, {n: b.detach().clone() for n, b in model.named_buffers()})
     finally:
         with torch.no_grad():
             for n, b in model.named_buffers():
@@ -256,11 +249,13 @@ def _run_graph(program: Program, module: torch.fx.GraphModule, flat: Sequence[to
     }
     inputs = [_requires_grad(x) for x in flat]
     with _same_random_numbers():
-        leaves = _Reference(module, {**parameters, **_others(program, _widened)}, see).run(*inputs)
-        _backward([list(leaves)])
+        others = _others(program, _widened)
+        leaves = _Reference(module, {**parameters, **others}, see).run(*inputs)
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves):
+            backward(leaves)
     gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
     gradients |= {f"input {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
-    return Run([_plain(x) for x in leaves], gradients)
+    return Run([_plain(x) for x in leaves], gradients, {n: others[n] for n in program.captured.buffers})
 
 
 def _simulate(
@@ -288,7 +283,8 @@ def _simulate(
             broken = next(n for n in module.graph.nodes if n not in ran)
             raise _Failure(_said("value", broken, f"cannot be computed: {error}")) from error
         try:
-            _backward(outputs)
+            if any(isinstance(x, torch.Tensor) and x.requires_grad for rank in outputs for x in rank):
+                backward(*outputs)
         except (RuntimeError, ValueError) as error:
             raise _Failure(f"the gradients cannot be computed: {error}") from error
     gradients: dict[str, torch.Tensor] = {}
@@ -306,7 +302,9 @@ def _simulate(
             gradients[f"input {index}"] = filled[0]
             equal &= all(torch.equal(filled[0], g) for g in filled)
     equal &= all(_identical(a, b) for other in outputs[1:] for a, b in zip(outputs[0], other, strict=True))
-    return Run([_plain(x) for x in outputs[0]], gradients, equal)
+    buffers = {n: ranks[0][n] for n in program.captured.buffers}
+    equal &= all(_identical(x, mine[n]) for mine in ranks[1:] for n, x in buffers.items())
+    return Run([_plain(x) for x in outputs[0]], gradients, buffers, equal)
 
 
 def _identical(a: Any, b: Any) -> bool:
@@ -346,7 +344,8 @@ def _first_difference(
 
     _run_graph(program, _wide(whole.graph_module), flat, remember)
     _simulate(program, widened, flat, _widened, see)
-    seen = [(node, values) for node, values in seen if node.meta["origin"] in expected]
+    blank = {n.name for n in whole.graph.nodes if "empty" in op_name(n)}  # uninitialised memory equals nothing
+    seen = [(node, values) for node, values in seen if node.meta["origin"] in expected.keys() - blank]
     for node, values in seen:
         error = _value_error(program, node, values, expected[node.meta["origin"]])
         if error > tolerance:
@@ -356,6 +355,9 @@ def _first_difference(
         if error > tolerance:
             outputs: Any = program.graph.output_node().args[0]
             return _said(f"output {index}, value", outputs[index], f"differs by {error:.1e}")
+    for name, buffer in exact.buffers.items():
+        if (error := relative_error(reference.buffers[name], buffer)) > tolerance:
+            return f"buffer {name} differs by {error:.1e} after the call"
     scale = largest(g for x in expected.values() if (g := x.grad if x.requires_grad else None) is not None)
     for node, values in reversed(seen):
         want = expected[node.meta["origin"]]

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tpcompile.effects import drop_dead
 from tpcompile.errors import CaptureError
 from tpcompile.tracing import TRACED, Trace, quiet, source
 
@@ -111,7 +112,7 @@ class Inliner:
         outputs = iter(self._copy(program.graph_module, env, self.regime))
         leaves = [next(outputs) if leaf is TRACED else leaf for leaf in self.trace.outputs]
         self.graph.output(tuple(leaves)).meta.update(val=None, module="", modules=(), source=None)
-        self._drop_dead()
+        drop_dead(self.graph)
         self._refuse_data_dependence()
         used = {str(node.target): self._tensors[str(node.target)] for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {name: tensor for name, tensor in self.constants.items() if name in used}
@@ -273,11 +274,6 @@ class Inliner:
         cast = [operand(b, a) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else b for a, b in pairs]
         return pytree.tree_unflatten(cast, spec)
 
-    def _drop_dead(self) -> None:
-        for node in reversed(self.graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output") and not _has_effect(node):
-                self.graph.erase_node(node)
-
     def _refuse_data_dependence(self) -> None:
         for node in self.graph.nodes:
             values = [value for value in pytree.tree_leaves(node.meta.get("val")) if value is not None]
@@ -373,12 +369,6 @@ def _is_view(node: fx.Node) -> bool:
 def _is_fresh(node: fx.Node) -> bool:
     """Whether ``node`` is a constant of the code, such as ``torch.tensor([1, 2])``, which has no gradient to detach."""
     return node.target in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
-
-
-def _has_effect(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _settled(value: Any) -> Any:

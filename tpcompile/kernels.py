@@ -51,6 +51,16 @@ def gather_part(x: torch.Tensor, dim: int, index: torch.Tensor, held: Runs, tota
     return x.gather(dim, local).masked_fill(~inside, 0)
 
 
+def grouped_product(x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """``aten._grouped_mm`` in any precision: rows ``x`` of ``[r, k]``, sorted by expert, times the matrix of their
+    expert in ``weights`` of ``[e, k, n]``; the rows of expert ``i`` end before ``offs[i]``. Rows of no expert are zero.
+    """
+    ends = offs.tolist()
+    starts = [0, *ends[:-1]]
+    made = [x[a:b] @ w for w, a, b in zip(weights, starts, ends, strict=True)]
+    return torch.cat([*made, x.new_zeros(x.shape[0] - (ends[-1] if ends else 0), weights.shape[-1])])
+
+
 def _locate(index: torch.Tensor, held: Runs) -> tuple[torch.Tensor, torch.Tensor]:
     """Which positions are held here, and where they are among those held (0 for the others)."""
     inside, local, first = torch.zeros_like(index, dtype=torch.bool), torch.zeros_like(index), 0
@@ -77,16 +87,16 @@ def dropout_part(x: torch.Tensor, p: float, cuts: tuple[tuple[int, int, Runs], .
     Args:
         x: this rank's part ``[...]``.
         p: probability of dropping.
-        cuts: ``(dim, whole size, runs held here)`` per cut dim.
+        cuts: ``(dim, period, runs held here)`` per cut dim: of every ``period`` positions of the whole, these.
         order: dims of the whole tensor as one device has them in memory, outermost first.
     """
     if p == 0.0:
         return x
     shape = list(x.shape)
-    for dim, whole, _ in cuts:
-        shape[dim] = whole
+    for dim, period, runs in cuts:
+        shape[dim] = shape[dim] // max(sum(n for _, n in runs), 1) * period if runs else period
     mask = torch.empty([shape[d] for d in order], dtype=x.dtype, device=x.device).bernoulli_(1 - p)
     mask = mask.permute([order.index(d) for d in range(x.dim())])
-    for dim, _, runs in cuts:
-        mask = take(mask, dim, runs)
+    for dim, period, runs in cuts:
+        mask = take(mask.unflatten(dim, (-1, period)), dim + 1, runs).flatten(dim, dim + 1)
     return x * mask.div(1 - p) if p < 1.0 else x * mask

@@ -16,8 +16,7 @@ import torch
 import torch.fx
 from torch import nn
 
-from tpcompile.rules import op_name
-from tpcompile.sentence import argument
+from tpcompile.effects import is_random
 
 
 class Layer(nn.Module):
@@ -88,16 +87,6 @@ def nest(graph: torch.fx.Graph, layers: frozenset[str]) -> tuple[torch.fx.Graph,
             for index, node in enumerate(outputs):
                 env[node] = root.create_node("call_function", _getitem, (made, index), name=node.name)
     return root, inside
-
-
-def is_random(node: torch.fx.Node) -> bool:
-    """Whether the op draws from the generator (fused attention only with dropout, which canonicalize writes out)."""
-    if node.op != "call_function":
-        return False
-    name = op_name(node)
-    if name == "aten.scaled_dot_product_attention.default":
-        return argument(node, "dropout_p") != 0.0
-    return name == "dropout_part" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[_Segment]:
@@ -217,4 +206,4 @@ def install(
     return functions.of(root)
 
 
-__all__ = ["Functions", "Layer", "install", "is_random", "module_at", "nest", "repeated_layers"]
+__all__ = ["Functions", "Layer", "install", "module_at", "nest", "repeated_layers"]

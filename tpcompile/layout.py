@@ -238,7 +238,18 @@ def runs(layout: Layout, sizes: tuple[int, ...], coordinates: tuple[int, ...]) -
 
 def local_size(layout: Layout, mesh: Mesh, rank: int) -> int:
     """Number of positions that ``rank`` holds."""
-    return sum(n for _, n in runs(layout, mesh.sizes, mesh.coordinates(rank)))
+    return _held(layout, mesh.sizes, mesh.coordinates(rank))
+
+
+@lru_cache(maxsize=65536)
+def _held(layout: Layout, sizes: tuple[int, ...], coordinates: tuple[int, ...]) -> int:
+    match layout:
+        case Leaf():
+            return sum(n for _, n in runs(layout, sizes, coordinates))
+        case Product(factors):
+            return math.prod(_held(f, sizes, coordinates) for f in factors)
+        case Concat(parts):
+            return sum(_held(p, sizes, coordinates) for p in parts)
 
 
 def positions(layout: Layout, mesh: Mesh, rank: int) -> NDArray[np.int64]:
@@ -253,8 +264,19 @@ def same(a: Layout, b: Layout, mesh: Mesh) -> bool:
         return True
     if size(a) != size(b) or axes_of(a) != axes_of(b):
         return False
+    a, b = _without_common_factors(a, b)
     coordinates = [mesh.coordinates(rank) for rank in range(mesh.degree)]
     return all(runs(a, mesh.sizes, c) == runs(b, mesh.sizes, c) for c in coordinates)
+
+
+def _without_common_factors(a: Layout, b: Layout) -> tuple[Layout, Layout]:
+    """Both without the factors that they share at their ends, which cannot make them differ (a batch can be large)."""
+    left, right = ([*x.factors] if isinstance(x, Product) else [x] for x in (a, b))
+    for end in (0, -1):
+        while left and right and left[end] == right[end]:
+            left.pop(end)
+            right.pop(end)
+    return product(left), product(right)
 
 
 def relative_runs(before: Layout, after: Layout, mesh: Mesh, rank: int) -> Runs:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from tpcompile.layout import Layout, Mesh, axes_of, local_size, runs, size
+from tpcompile.layout import Layout, LayoutError, Mesh, Product, Runs, axes_of, local_size, product, runs, size
 from tpcompile.per_rank import PerRank
 from tpcompile.placement import Placement
 from tpcompile.sentence import Call, Sentence
@@ -35,6 +35,7 @@ class LocalCall:
     args: list[Any]
     kwargs: dict[str, Any]
     target: Any
+    hints: tuple[int, ...] = ()  # factors of the sizes that are known only when the program runs
 
     def _index(self, name: str) -> int:
         arguments = self.target._schema.arguments
@@ -85,22 +86,31 @@ class LocalCall:
         times = per_rank([int(s * whole) for s in shares])
         return unit if times == 1 else self.graph.call_function(operator.mul, (unit, times))
 
+    def _fixed(self, layout: Layout) -> Layout:
+        """The layout, if its size is known now.
+
+        Raises:
+            LayoutError: positions of a dim cannot be listed whose size is known only when the program runs.
+        """
+        if any(size(layout) % hint == 0 for hint in self.hints):
+            raise LayoutError(f"the size of a dim cut as {layout} is known only when the program runs")
+        return layout
+
     def offset(self, layout: Layout, at: int) -> Any:
         """How many of the first ``at`` positions a rank holds."""
-        return per_rank(
-            [
-                sum(max(0, min(s + n, at) - s) for s, n in runs(layout, self.mesh.sizes, self.mesh.coordinates(r)))
-                for r in self.ranks()
-            ]
-        )
+        return per_rank([sum(max(0, min(s + n, at) - s) for s, n in held) for held in self._runs(layout)])
+
+    def _runs(self, layout: Layout) -> list[Runs]:
+        sizes = self.mesh.sizes
+        return [runs(self._fixed(layout), sizes, self.mesh.coordinates(r)) for r in self.ranks()]
 
     def held(self, layout: Layout) -> Any:
         """The runs that a rank holds."""
-        return per_rank([runs(layout, self.mesh.sizes, self.mesh.coordinates(r)) for r in self.ranks()])
+        return per_rank(self._runs(layout))
 
     def length(self, layout: Layout) -> Any:
         """How many positions a rank holds."""
-        return per_rank([local_size(layout, self.mesh, r) for r in self.ranks()])
+        return per_rank([local_size(self._fixed(layout), self.mesh, r) for r in self.ranks()])
 
     def summed_axes(self) -> frozenset[int]:
         """Mesh axes over which a summed label of operand 0 is cut."""
@@ -123,5 +133,16 @@ class LocalCall:
         return per_rank([float(s) for s in shares]) if found else None
 
     def cut_dims(self, operand: int) -> tuple[tuple[int, int, Any], ...]:
-        """``(dim, whole size, runs held here)`` of every cut dim of an operand."""
-        return tuple((d, size(x), self.held(x)) for d, x in enumerate(self.operands[operand].dims) if axes_of(x))
+        """``(dim, period, runs held of every period)`` of every cut dim of an operand.
+
+        The period is the whole dim, or what follows the part of it that is known only when the program runs.
+        """
+        found: list[tuple[int, int, Any]] = []
+        for dim, layout in enumerate(self.operands[operand].dims):
+            if axes_of(layout):
+                factors = layout.factors if isinstance(layout, Product) else (layout,)
+                first = next(i for i, f in enumerate(factors) if axes_of(f))
+                lead = product(factors[:first])
+                inner = product(factors[first:]) if any(size(lead) % hint == 0 for hint in self.hints) else layout
+                found.append((dim, size(inner), self.held(inner)))
+        return tuple(found)

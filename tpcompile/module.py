@@ -21,9 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpcompile import shards
 from tpcompile.collectives import group_device, resolve_group, transition_of
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
+from tpcompile.effects import is_random
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.launch import check_same_program
-from tpcompile.layers import Functions, install, is_random, module_at, repeated_layers
+from tpcompile.layers import Functions, install, module_at, repeated_layers
 from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
 from tpcompile.program import Program

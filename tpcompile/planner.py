@@ -26,13 +26,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tpcompile import shards
+from tpcompile.aliasing import VIEWS
 from tpcompile.capture import Captured, capture
 from tpcompile.errors import ShardingError, Where
 from tpcompile.globs import fold
 from tpcompile.layout import axes_of
 from tpcompile.passes import PIPELINE
 from tpcompile.passes.axes import Use, axes, candidates, cuttable, divide_atoms, uses_of
-from tpcompile.passes.canonicalize import VIEWS
 from tpcompile.passes.decompose import DECOMPOSITIONS
 from tpcompile.passes.place import needs_grad
 from tpcompile.program import Program, Structure, where

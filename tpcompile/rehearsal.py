@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ import torch.utils._pytree as pytree
 import tpcompile
 from tpcompile.cli import example_inputs, load
 from tpcompile.collectives import group_device, resolve_group
-from tpcompile.compare import cotangents, differentiable, gradient_errors, relative_error
+from tpcompile.compare import backward, gradient_errors, relative_error
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,3 @@ def _rehearse(model: str, spec: str | None) -> Rehearsed:
         allowed=max(torch.finfo(tensor.dtype).eps for tensor in expected) ** 0.5,
         seconds=seconds,
     )
-
-
-def backward(output: object) -> Sequence[torch.Tensor]:
-    """The differentiable leaves of an output, after a backward pass from all of them with fixed random cotangents.
-
-    Raises:
-        TpcompileError: there is none.
-    """
-    leaves = differentiable(output)
-    torch.autograd.backward(leaves, cotangents(leaves))
-    return [leaf.detach() for leaf in leaves]

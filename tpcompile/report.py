@@ -169,14 +169,14 @@ def _is_parameter(node: torch.fx.Node) -> bool:
 
 def _local(program: Program, node: torch.fx.Node, shape: tuple[int, ...], whole: bool) -> tuple[int, ...]:
     """Local shape of the node's value; where ``whole``, the dims that the node itself gathers or cuts stay whole."""
-    from tpcompile.layout import axes_of, local_size
+    from tpcompile.layout import axes_of, local_size, size
 
     placed = node.meta.get("placement")
     if placed is None or isinstance(placed, tuple):
         return shape
     changed = {a for a in program.mesh.axes if whole and _changes(node, placed, a)}
     return tuple(
-        local_size(d, program.mesh, 0) if axes_of(d) and not axes_of(d) & changed else n
+        n * local_size(d, program.mesh, 0) // size(d) if axes_of(d) and not axes_of(d) & changed else n
         for n, d in zip(shape, placed.dims, strict=True)
     )
 

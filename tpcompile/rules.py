@@ -195,6 +195,16 @@ def _einsum(call: Call) -> Sentence:
     return replace(parse_row(text, call.shapes, call.results, "einsum"), linear="each", sums=True)
 
 
+def _grouped_product(call: Call) -> Sentence:
+    """Rows sorted by expert times the matrix of their expert; ``offs`` says where each expert's rows end."""
+    if tuple(map(len, call.shapes)) != (2, 3, 1):
+        raise ValueError("a grouped product of other than rows [r, k], matrices [e, k, n] and ends [e] has no rule")
+    text = "r! k, e! k n, e! -> r n"
+    found = parse_row(text, call.shapes, call.results, "grouped_mm")
+    whole = {"r": "rows belong to experts by where they stand", "e": "every row finds its expert among all of them"}
+    return replace(found, linear=frozenset({0, 1}), sums=True, whole=whole)
+
+
 def _inner(call: Call) -> Sentence:
     """Sum over the last dim of both; the other dims of one, then those of the other."""
     a, b = (len(s) - 1 for s in call.shapes)
@@ -870,6 +880,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("aten.outer.default", "m, n -> m n", "each"),
     Rule("aten.matmul.default", _matmul),
     Rule("aten.einsum.default", _einsum),
+    *(Rule(op, _grouped_product) for op in ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")),
     Rule("aten.inner.default", _inner),
     Rule("aten.tensordot.default", _tensordot),
     *(Rule(f"aten.conv{n}d.{o}", _conv, localize=_local_groups) for n in (1, 2, 3) for o in ("default", "padding")),

@@ -30,6 +30,11 @@ class Site:
         """Shape of a tensor node with symbols at their hints."""
         return self.program.shape(node)
 
+    def same_shape(self, a: torch.fx.Node, b: torch.fx.Node) -> bool:
+        """Whether two tensor nodes have one shape at all sizes that the graph is valid for."""
+        sizes = [[n.node.expr if isinstance(n, torch.SymInt) else n for n in x.meta["val"].shape] for x in (a, b)]
+        return sizes[0] == sizes[1]
+
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
         """A new node before the old one; its value is computed on fake tensors."""
         made = self.graph.call_function(target, args, kwargs)

@@ -201,7 +201,7 @@ class Unifier:
             major = self._split_minor(big, small) if size(big) % size(small) == 0 else None
             if major is None:
                 for term in (*xs, *ys, x, y):
-                    self.pin(term, f"a reshape regroups {size(x)} against {size(y)} positions")
+                    self.pin(term, "a reshape mixes its positions with those of another dim")
                 return
             bigs += factors(major)
         for term in (*xs, *ys):
@@ -235,6 +235,9 @@ class Unifier:
     def _unify_segments(self, xs: list[Term], ys: list[Term]) -> None:
         while xs and ys:
             x, y = find(xs.pop(0)), find(ys.pop(0))
+            if isinstance(x, Cat) or isinstance(y, Cat):  # an earlier pair has taken it apart
+                xs, ys = [*segments(x), *xs], [*segments(y), *ys]
+                continue
             if size(x) == size(y):
                 self.unify(x, y)
                 continue

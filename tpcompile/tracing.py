@@ -22,7 +22,7 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,13 @@ class Guard:
     condition: sympy.Basic  # over the symbols of the inputs' dims
     where: Where | None  # the model's own line that asked
     branch: bool = False  # the model's Python code takes another branch where it does not hold
+
+    def fails(self, values: Mapping[sympy.Symbol, Any]) -> bool:
+        """Whether it does not hold at these sizes; one that divides by zero there does not."""
+        try:
+            return self.condition.xreplace(dict(values)) == sympy.false
+        except ZeroDivisionError:
+            return True
 
 
 @dataclass
@@ -110,7 +117,7 @@ class Trace:
                 constant = traced if isinstance(traced, int) else traced.node.expr
                 if not isinstance(constant, sympy.Symbol) and constant != size:
                     return False
-        return not any(guard.condition.xreplace(values) == sympy.false for guard in self.guards)
+        return not any(guard.fails(values) for guard in self.guards)
 
     def fixed_at(self, i: int, dim: int) -> Where | None:
         """The line that made a size constant which was to be dynamic."""

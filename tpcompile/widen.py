@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
+from tpcompile import kernels
 from tpcompile.sentence import argument
 
 WIDE = {
@@ -26,6 +27,10 @@ WIDE = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
+
+
+WITHOUT_FLOAT64: dict[Any, Any] = {torch.ops.aten._grouped_mm.default: kernels.grouped_product}
+"""Kernels that take no float64, and what computes the same."""
 
 
 def widen(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -61,6 +66,7 @@ def widen_graph(graph: fx.Graph) -> fx.Graph:
         if node.op == "call_function":
             copied.args = map_aggregate(copied.args, _wide_dtype)
             copied.kwargs = map_aggregate(copied.kwargs, _wide_dtype)
+            copied.target = WITHOUT_FLOAT64.get(copied.target, copied.target)
             if copied.target is torch.ops.aten.rms_norm.default and argument(node, "eps") is None:
                 # its default follows the dtype: keep that of the narrow one
                 copied.kwargs = {**copied.kwargs, "eps": torch.finfo(node.meta["val"].dtype).eps}

@@ -1,0 +1,219 @@
+"""Ops that write into their operand become ordinary ones, and writes through views become new values of the base.
+
+``x.add_(y)`` is ``x + y`` where nothing else that shares x's memory is read afterwards. Else the write is carried up
+the views to the value that owns the memory (a slice that is written is a concatenation of what stands before it, the
+new part and what stands after it), and views that are read later are taken again. What writes into an input, a
+parameter or a buffer, or through a view that cannot be undone, stays as it is.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+
+from tpcompile.aliasing import aliases, functional_overload, holders, is_inplace, may_share, storages, viewed
+from tpcompile.effects import drop_dead
+from tpcompile.program import Program, copy_graph
+from tpcompile.rules import op_name
+from tpcompile.sentence import argument
+from tpcompile.site import Site
+
+aten = torch.ops.aten
+
+
+def functionalize(program: Program) -> Program:
+    """Take writes out of the graph wherever that is possible."""
+    if not any(n.op == "call_function" and is_inplace(n) for n in program.graph.nodes):
+        return program
+    module, graph = copy_graph(program.graph_module)
+    writes = _Writes(program, graph)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and is_inplace(node):
+            writes.take_out(node)
+    drop_dead(graph)
+    module.recompile()
+    return program.with_(graph_module=module)
+
+
+class _Writes:
+    def __init__(self, program: Program, graph: torch.fx.Graph):
+        self.program, self.graph = program, graph
+        self.held = holders(graph)
+        self.within = {n for n in graph.nodes if may_share(n) and not is_inplace(n) and _lies_in(n, viewed(n))}
+
+    def take_out(self, node: torch.fx.Node) -> None:
+        """Make a write an ordinary op, if what shares the memory can be told."""
+        base = node.args[0]
+        assert isinstance(base, torch.fx.Node)
+        family = aliases(base, self.held)
+        if any(n.op in ("get_attr", "placeholder") for n in family):
+            return
+        later = {n: [u for u in n.users if node < u] for n in family if n < node}
+        others = [n for n, users in later.items() if n is not base and users]
+        site = Site(self.program, self.graph, node)
+        with self.graph.inserting_before(node):
+            if not others:
+                made = _written(site)
+                replaced = {} if made is None else {base: made}
+            else:
+                replaced = self._through_views(site, base, others)
+        if not replaced:
+            return
+        for old, new in replaced.items():
+            for user in later[old]:
+                user.replace_input_with(old, new)
+        node.replace_all_uses_with(replaced[base])
+        self.graph.erase_node(node)
+        self.held = {storage: [n for n in nodes if n is not node] for storage, nodes in self.held.items()}
+
+    def _through_views(
+        self, site: Site, base: torch.fx.Node, others: list[torch.fx.Node]
+    ) -> dict[torch.fx.Node, torch.fx.Node]:
+        """New values of ``base`` and of ``others``, which share its memory; empty when that cannot be said."""
+        if site.node.meta.get("no_grad"):
+            return {}
+        chains = {n: _chain(n) for n in (base, *others)}
+        if len({chain[0] for chain in chains.values()}) != 1:
+            return {}
+        if any(view not in self.within for chain in chains.values() for view in chain[1:]):
+            return {}  # a reshape that may have been a copy
+        written = chains[base]
+        if any(op_name(view) not in _UNDONE for view in written[1:]):
+            return {}
+        made = _written(site)
+        if made is None:
+            return {}
+        new = {base: made}
+        for parent, view in zip(reversed(written[:-1]), reversed(written[1:]), strict=True):
+            new[parent] = _UNDONE[op_name(view)](_Undo(site, view, parent), new[view])
+        for node in others:
+            for parent, view in zip(chains[node], chains[node][1:], strict=False):
+                if view not in new:
+                    args, kwargs = torch.fx.map_arg(
+                        (view.args, view.kwargs), lambda n, p=parent: new[p] if n is p else n
+                    )  # type: ignore[misc]
+                    new[view] = site.emit(view.target, *args, **kwargs)
+                    self.within.add(new[view])
+        return {n: new[n] for n in (base, *others)}
+
+
+def _lies_in(view: torch.fx.Node, parents: list[torch.fx.Node]) -> bool:
+    """Whether a view was really taken, and not a copy, where the graph was traced."""
+    return len(parents) == 1 and set(storages(view)) <= set(storages(parents[0]))
+
+
+def _written(site: Site) -> torch.fx.Node | None:
+    """What the operand holds afterwards, as a value of its own."""
+    base, value = site.node.args[0], site.node.meta["val"]
+    assert isinstance(base, torch.fx.Node)
+    match op_name(site.node):
+        case "aten.copy_.default":
+            source = site.arg("src")
+            if site.shape(source) != site.shape(base):
+                sizes = [site.emit(aten.sym_size.int, base, d) for d in range(value.dim())]
+                source = site.emit(aten.expand.default, source, sizes)
+            if source.meta["val"].dtype != value.dtype:
+                source = site.emit(aten.to.dtype, source, value.dtype)
+            return source
+        case "aten.zero_.default":
+            return site.emit(aten.zeros_like.default, base)
+        case _:
+            functional = functional_overload(site.node)
+            return None if functional is None else site.emit(functional, *site.node.args, **site.node.kwargs)
+
+
+def _chain(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The value that owns the memory, and the views that lead from it to ``node``."""
+    chain = [node]
+    while may_share(chain[0]):
+        chain.insert(0, viewed(chain[0])[0])
+    return chain
+
+
+class _Undo:
+    """A view of ``parent``, to be put back."""
+
+    def __init__(self, site: Site, view: torch.fx.Node, parent: torch.fx.Node):
+        self.site, self.view, self.parent = site, view, parent
+
+    def arg(self, name: str) -> Any:
+        return argument(self.view, name)
+
+    def dim(self, name: str = "dim") -> int:
+        return int(self.arg(name)) % self.parent.meta["val"].dim()
+
+    def emit(self, target: Any, *args: Any) -> torch.fx.Node:
+        return self.site.emit(target, *args)
+
+
+def _reshaped(undo: _Undo, new: torch.fx.Node) -> torch.fx.Node:
+    value = undo.parent.meta["val"]
+    sizes = [
+        n if isinstance(n, int) else undo.emit(aten.sym_size.int, undo.parent, d) for d, n in enumerate(value.shape)
+    ]
+    return undo.emit(aten.reshape.default, new, sizes)
+
+
+def _transposed(undo: _Undo, new: torch.fx.Node) -> torch.fx.Node:
+    return undo.emit(aten.transpose.int, new, undo.arg("dim0"), undo.arg("dim1"))
+
+
+def _permuted(undo: _Undo, new: torch.fx.Node) -> torch.fx.Node:
+    dims = [int(d) % len(undo.arg("dims")) for d in undo.arg("dims")]
+    return undo.emit(aten.permute.default, new, [dims.index(d) for d in range(len(dims))])
+
+
+def _selected(undo: _Undo, new: torch.fx.Node) -> torch.fx.Node:
+    dim, n = undo.dim(), undo.site.shape(undo.parent)[undo.dim()]
+    at = undo.site.size(undo.arg("index")) % n
+    return _spliced(undo, undo.emit(aten.unsqueeze.default, new, dim), dim, at, at + 1, n)
+
+
+def _sliced(undo: _Undo, new: torch.fx.Node) -> torch.fx.Node:
+    dim = undo.dim()
+    n = undo.site.shape(undo.parent)[dim]
+    low, high, step = undo.arg("start"), undo.arg("end"), undo.arg("step")
+    bounds = [low if low is not None else 0, high if high is not None else n]
+    if step not in (None, 1) or not all(isinstance(b, int) for b in bounds):
+        return undo.emit(aten.slice_scatter.default, undo.parent, new, dim, low, high, step or 1)
+    first, last = (min(max(b + n if b < 0 else b, 0), n) for b in bounds)
+    return _spliced(undo, new, dim, first, max(first, last), n)
+
+
+def _spliced(undo: _Undo, new: torch.fx.Node, dim: int, low: int, high: int, n: int) -> torch.fx.Node:
+    """``parent`` with its positions ``low`` to ``high`` replaced."""
+    parts = [undo.emit(aten.slice.Tensor, undo.parent, dim, 0, low)] if low else []
+    parts.append(new)
+    if high < n:
+        parts.append(undo.emit(aten.slice.Tensor, undo.parent, dim, high))
+    return undo.emit(aten.cat.default, parts, dim) if len(parts) > 1 else new
+
+
+_UNDONE: dict[str, Callable[[_Undo, torch.fx.Node], torch.fx.Node]] = {
+    **dict.fromkeys(
+        (
+            "aten.view.default",
+            "aten.reshape.default",
+            "aten.flatten.using_ints",
+            "aten.unflatten.int",
+            "aten.unsqueeze.default",
+            "aten.squeeze.dim",
+            "aten.squeeze.dims",
+            "aten.squeeze.default",
+        ),
+        _reshaped,
+    ),
+    "aten.transpose.int": _transposed,
+    "aten.permute.default": _permuted,
+    "aten.select.int": _selected,
+    "aten.slice.Tensor": _sliced,
+    "aten.alias.default": lambda _, new: new,
+}
+"""How a new value of a view becomes a new value of what it views."""
+
+__all__ = ["functionalize"]
