@@ -19,7 +19,7 @@ from tpcompile.layout import Layout, Leaf, Mesh, axes_of, concat, product
 from tpcompile.passes.decompose import DECOMPOSITIONS
 from tpcompile.passes.structure import SUMMED
 from tpcompile.program import Cut, Program, where
-from tpcompile.rules import RULES, op_name
+from tpcompile.rules import RULES, how_to_add, op_name
 from tpcompile.sentence import Sentence
 from tpcompile.spec import Claim
 from tpcompile.structure import Atom, Cat, Pin, Prod, Term, atoms, factors, find, prod, segments, size
@@ -244,11 +244,7 @@ def _choose(program: Program, claim: Claim, term: Term, whole: Term) -> list[tup
             f"{' * '.join(str(a.size) for a in everything)} positions meets an op that needs it whole",
             where=where(pin.node) if pin else claim.line.where,
             why=(pin.reason if pin else "the axis has one position") + f"; the line is {_line(claim)}",
-            help=(
-                f'add a row for "{op_name(pin.node)}" to tpcompile/rules.py, or '
-                if pin and "no rule" in pin.reason
-                else ""
-            )
+            help=(f"{how_to_add(op_name(pin.node))}, or " if pin and "no rule" in pin.reason else "")
             + f"say `replicate` for {claim.module}, or cut another axis",
         )
     chosen = divide_atoms(term, free, program.degree)

@@ -66,12 +66,16 @@ def _slice(site: Site) -> torch.fx.Node | None:
     dim = int(site.arg("dim")) % len(site.shape(source))
     if op_name(source) != "aten.cat.default" or int(argument(source, "dim")) % len(site.shape(source)) != dim:
         return None
-    if any(n.op == "call_function" and is_inplace(n) for n in site.graph.nodes):
+    if _writes(site.graph):
         return None  # a part is not the memory of the concatenation
-    first = site.size(0 if site.arg("start") is None else site.arg("start"))
-    first, taken, at = (first + site.shape(source)[dim] if first < 0 else first), list[torch.fx.Node](), 0
-    last = first + site.shape(site.node)[dim]
-    for part in argument(source, "tensors"):
+    bounds = [0 if site.arg("start") is None else site.arg("start"), site.arg("end")]
+    parts = argument(source, "tensors")
+    total = source.meta["val"].shape[dim]
+    if not all(isinstance(n, int) for n in (total, bounds[0], *(p.meta["val"].shape[dim] for p in parts))):
+        return None
+    first = max(bounds[0] + total if bounds[0] < 0 else bounds[0], 0)
+    last, taken, at = first + site.shape(site.node)[dim], list[torch.fx.Node](), 0
+    for part in parts:
         n = site.shape(part)[dim]
         taken += [part] if first <= at and at + n <= last and n else []
         at += n
@@ -97,6 +101,18 @@ def _cast(site: Site) -> torch.fx.Node | None:
     return site.node.args[0] if (before.dtype, before.device) == (after.dtype, after.device) else None  # type: ignore[return-value]
 
 
+def _clone(site: Site) -> torch.fx.Node | None:
+    """A copy that is only made part of a concatenation, which copies too."""
+    if any(op_name(user) != "aten.cat.default" for user in site.node.users) or _writes(site.graph):
+        return None
+    return site.node.args[0]  # type: ignore[return-value]
+
+
+def _writes(graph: torch.fx.Graph) -> bool:
+    """Whether some op writes into a value, so that it matters which values share memory."""
+    return any(n.op == "call_function" and is_inplace(n) for n in graph.nodes)
+
+
 def _alias(site: Site) -> torch.fx.Node | None:
     return site.node.args[0]  # type: ignore[return-value]
 
@@ -110,11 +126,27 @@ def _index(site: Site) -> torch.fx.Node | None:
     values = site.constant(indices[used[0]])
     if values is None or values.dtype == torch.bool or values.dim() != 1 or not values.numel():
         return None
-    n = site.shape(site.arg("self"))[used[0]]
-    picked = [int(v) % n for v in values.tolist()]
+    n = site.arg("self").meta["val"].shape[used[0]]
+    if not isinstance(n, int) and int(values.min()) < 0:
+        return None  # counted from an end that is known only when the program runs
+    picked = [int(v) + n if v < 0 else int(v) for v in values.tolist()]
     if picked != list(range(picked[0], picked[0] + len(picked))):
         return None
     return site.emit(aten.slice.Tensor, site.arg("self"), used[0], picked[0], picked[-1] + 1)
+
+
+def _convolution(site: Site) -> torch.fx.Node | None:
+    """A convolution over single positions with groups is one matrix product per group."""
+    x, weight, bias, groups = (site.arg(name) for name in ("input", "weight", "bias", "groups"))
+    channels, *positions = site.shape(x)[1:]
+    outs, ins, *kernel = site.shape(weight)
+    plain = all(site.arg(name) in ([n], n) for name, n in (("stride", 1), ("padding", 0)))
+    if groups in (1, channels) or len(positions) != 1 or kernel != [1] or not plain:
+        return None
+    matrices = site.emit(aten.reshape.default, weight, [groups, outs // groups, ins])
+    parted = site.emit(aten.unflatten.int, x, 1, [groups, ins])
+    made = site.emit(aten.flatten.using_ints, site.emit(aten.matmul.default, matrices, parted), 1, 2)
+    return made if bias is None else site.emit(aten.add.Tensor, made, site.emit(aten.unsqueeze.default, bias, -1))
 
 
 def _attention(site: Site) -> torch.fx.Node | None:
@@ -153,6 +185,7 @@ REWRITES: dict[str, Rewrite] = {
     "aten.linear.default": _linear,
     "aten.addmm.default": _addmm,
     "aten.baddbmm.default": _baddbmm,
+    "aten.conv1d.default": _convolution,
     "aten.dropout.default": _dropout,
     "aten.feature_dropout.default": _dropout,
     "aten.slice.Tensor": _slice,
@@ -163,6 +196,7 @@ REWRITES: dict[str, Rewrite] = {
     "aten.to.device": _cast,
     "aten.type_as.default": _cast,
     "aten.alias.default": _alias,
+    "aten.clone.default": _clone,
     "aten.lift_fresh.default": _alias,
     "aten.index.Tensor": _index,
     "aten.scaled_dot_product_attention.default": _attention,

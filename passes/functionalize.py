@@ -10,6 +10,9 @@ parameter or a buffer, or through a view that cannot be undone, stays as it is.
 
 from __future__ import annotations
 
+import itertools
+import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -55,13 +58,16 @@ class _Writes:
             return
         later = {n: [u for u in n.users if node < u] for n in family if n < node}
         others = [n for n, users in later.items() if n is not base and users]
-        site = Site(self.program, self.graph, node)
+        site, last = Site(self.program, self.graph, node), node.prev
         with self.graph.inserting_before(node):
             if not others:
                 made = _written(site)
                 replaced = {} if made is None else {base: made}
             else:
                 replaced = self._through_views(site, base, others)
+        while (last := last.next) is not node:
+            if may_share(last) and _lies_in(last, viewed(last)):
+                self.within.add(last)
         if not replaced:
             return
         for old, new in replaced.items():
@@ -88,18 +94,17 @@ class _Writes:
         made = _written(site)
         if made is None:
             return {}
-        new = {base: made}
         for parent, view in zip(reversed(written[:-1]), reversed(written[1:]), strict=True):
-            new[parent] = _UNDONE[op_name(view)](_Undo(site, view, parent), new[view])
-        for node in others:
-            for parent, view in zip(chains[node], chains[node][1:], strict=False):
+            made = _UNDONE[op_name(view)](_Undo(site, view, parent), made)
+        new = {written[0]: made}
+        for chain in chains.values():  # views of the new value, so that the next write through one of them is seen too
+            for parent, view in itertools.pairwise(chain):
                 if view not in new:
-                    args, kwargs = torch.fx.map_arg(
+                    args, kwargs = torch.fx.map_arg(  # type: ignore[misc]
                         (view.args, view.kwargs), lambda n, p=parent: new[p] if n is p else n
-                    )  # type: ignore[misc]
+                    )
                     new[view] = site.emit(view.target, *args, **kwargs)
-                    self.within.add(new[view])
-        return {n: new[n] for n in (base, *others)}
+        return {n: new[n] for n in chains}
 
 
 def _lies_in(view: torch.fx.Node, parents: list[torch.fx.Node]) -> bool:
@@ -119,7 +124,8 @@ def _written(site: Site) -> torch.fx.Node | None:
                 source = site.emit(aten.expand.default, source, sizes)
             if source.meta["val"].dtype != value.dtype:
                 source = site.emit(aten.to.dtype, source, value.dtype)
-            return source
+            # memory of its own: what is written to one of the two later must not reach the other
+            return site.emit(aten.clone.default, source, memory_format=torch.contiguous_format)
         case "aten.zero_.default":
             return site.emit(aten.zeros_like.default, base)
         case _:
@@ -169,28 +175,39 @@ def _permuted(undo: _Undo, new: torch.fx.Node) -> torch.fx.Node:
 
 
 def _selected(undo: _Undo, new: torch.fx.Node) -> torch.fx.Node:
-    dim, n = undo.dim(), undo.site.shape(undo.parent)[undo.dim()]
-    at = undo.site.size(undo.arg("index")) % n
-    return _spliced(undo, undo.emit(aten.unsqueeze.default, new, dim), dim, at, at + 1, n)
+    dim, at = undo.dim(), undo.arg("index")
+    new = undo.emit(aten.unsqueeze.default, new, dim)
+    if not isinstance(at, int):
+        return undo.emit(aten.slice_scatter.default, undo.parent, new, dim, at, undo.emit(operator.add, at, 1))
+    return _spliced(undo, new, dim, at, at + 1 if at != -1 else None)
 
 
 def _sliced(undo: _Undo, new: torch.fx.Node) -> torch.fx.Node:
     dim = undo.dim()
-    n = undo.site.shape(undo.parent)[dim]
     low, high, step = undo.arg("start"), undo.arg("end"), undo.arg("step")
-    bounds = [low if low is not None else 0, high if high is not None else n]
-    if step not in (None, 1) or not all(isinstance(b, int) for b in bounds):
+    if isinstance(high, int) and high >= sys.maxsize:
+        high = None
+    ordered = high is None or low in (None, 0) or (_known(low, high) and (low < 0) == (high < 0) and low <= high)
+    if step not in (None, 1) or not _known(low, high) or not ordered:
         return undo.emit(aten.slice_scatter.default, undo.parent, new, dim, low, high, step or 1)
-    first, last = (min(max(b + n if b < 0 else b, 0), n) for b in bounds)
-    return _spliced(undo, new, dim, first, max(first, last), n)
+    return _spliced(undo, new, dim, low or 0, high)
 
 
-def _spliced(undo: _Undo, new: torch.fx.Node, dim: int, low: int, high: int, n: int) -> torch.fx.Node:
-    """``parent`` with its positions ``low`` to ``high`` replaced."""
+def _known(*bounds: Any) -> bool:
+    return all(bound is None or isinstance(bound, int) for bound in bounds)
+
+
+def _spliced(undo: _Undo, new: torch.fx.Node, dim: int, low: int, high: int | None) -> torch.fx.Node:
+    """``parent`` with its positions ``low`` to ``high`` (Python's bounds, in order) replaced."""
+    n = undo.parent.meta["val"].shape[dim]
+    if isinstance(n, int):
+        low, high = min(max(low + n if low < 0 else low, 0), n), n if high is None else high
+        high = max(min(high + n if high < 0 else high, n), low)
+        high = None if high == n else high
     parts = [undo.emit(aten.slice.Tensor, undo.parent, dim, 0, low)] if low else []
     parts.append(new)
-    if high < n:
-        parts.append(undo.emit(aten.slice.Tensor, undo.parent, dim, high))
+    if high is not None:
+        parts.append(undo.emit(aten.slice.Tensor, undo.parent, dim, high, sys.maxsize))
     return undo.emit(aten.cat.default, parts, dim) if len(parts) > 1 else new
 
 

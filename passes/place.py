@@ -18,7 +18,7 @@ from tpcompile.errors import ShardingError
 from tpcompile.layout import axes_of
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
 from tpcompile.program import Program, Row, where
-from tpcompile.rules import RULES, op_name
+from tpcompile.rules import RULES, how_to_add, op_name
 
 
 def place(program: Program) -> Program:
@@ -101,7 +101,7 @@ def _no_rule(node: torch.fx.Node) -> ShardingError:
         f"a cut value reaches {op_name(node)}, which has no rule",
         where=where(node),
         why="what the op does to a cut axis is not known, and a guess could be silently wrong",
-        help=f'add a row for "{op_name(node)}" to the op rules (tpcompile/rules.py), or `replicate` the block',
+        help=f"{how_to_add(op_name(node))}, or `replicate` the block",
     )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import transformers.integrations.moe  # noqa: F401  # pyright: ignore[reportUnusedImport]  # it registers an op
-from rule_truth import Given, Number, Sample
 
+from tpcompile.rule_truth import Given, Number, Sample
 from tpcompile.rules import ALIASES
 
 

@@ -761,6 +761,28 @@ def test_gradients_stop_where_the_model_stops_them() -> None:
     assert gradients(model, [model(torch.randn(2, 4, dtype=torch.float64))])["a.weight"] is None
 
 
+class Peeks(nn.Module):
+    """Under no_grad, ops that return their operand itself: the same tensor is used with gradients behind the region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        with torch.no_grad():
+            same = nn.functional.dropout(y.to(y.dtype).contiguous(), training=False)
+            copied = y.to(y.dtype, copy=True)
+            best = self.b(same).argmax(-1, keepdim=True)
+        return self.b(y) + best + copied
+
+
+def test_what_returns_its_operand_under_no_grad_keeps_its_gradients() -> None:
+    model = Peeks().double()
+    captured = capture(model, *floats(-1, 4)(3, 0))
+    assert difference(model, captured, floats(-1, 4)(2, 0)) == 0.0
+
+
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from rule_samples import bools, call, imaginary, ints, real
-from rule_truth import Case, cut_layouts, emission_with, execute, grid_placements, placements
 
 from tpcompile.errors import ShardingError
 from tpcompile.layout import Concat, Layout, Leaf, Mesh, Product, axes_of, whole_segments
 from tpcompile.passes.place import needs_grad
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
+from tpcompile.rule_truth import Case, cut_layouts, emission_with, execute, grid_placements, placements
 from tpcompile.rules import RULES
 from tpcompile.sentence import Sentence
 

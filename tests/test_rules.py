@@ -14,12 +14,12 @@ import torch
 import torch.fx
 from goldens import Golden
 from rule_samples import SAME, SAMPLES, bools, call, ints, positive, real, samples_of
-from rule_truth import Case, Report, Sample, check, placements
 
 from tpcompile import kernels, rules
 from tpcompile.layout import Leaf, Mesh, axes_of
 from tpcompile.localize import LocalCall
 from tpcompile.placement import PlacementError, cut_as, solve, uncut
+from tpcompile.rule_truth import Case, Report, Sample, check, placements
 from tpcompile.rules import ROWS, RULES, Rule, _names, table
 from tpcompile.sentence import Call, Sentence, parse_row, reshape_sentence
 

@@ -380,8 +380,8 @@ def test_equal_pieces_of_a_product(unifier: Unifier) -> None:
 @pytest.mark.parametrize(
     ("left", "right", "reason"),
     [
-        ([6], [4], "a reshape regroups 6 against 4 positions"),
-        ([2, 6], [3, 4], "a reshape regroups 6 against 4 positions"),
+        ([6], [4], "a reshape mixes its positions with those of another dim"),
+        ([2, 6], [3, 4], "a reshape mixes its positions with those of another dim"),
         ([4], [2], "a reshape leaves it without a counterpart"),
     ],
 )

@@ -8,6 +8,7 @@ assumed of sizes, constants and arguments is checked on every call, and refused 
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -307,7 +308,8 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         tensors = iter(flat)
         return pytree.tree_unflatten([next(tensors) if slot.tensor else slot.value for slot in slots], in_spec)
 
-    found = trace(model, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], paths, rebuild)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    found = trace(model, tensors, paths, rebuild)
     names, autocast = Names.of(model), _autocast_state()
     inliner = Inliner(model, found, names, paths, dict(autocast))
     graph_module = inliner.graph_module()
@@ -323,7 +325,7 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         out_spec=found.out_spec,
         inputs=_inputs(inliner.placeholders, paths, found),
         guards=found.guards,
-        hints=_hints(graph_module, found.guards, found.ranges()),
+        hints=_hints(graph_module, found, tensors),
         training=model.training,
         autocast=autocast,
         _slots=slots,
@@ -361,17 +363,19 @@ def _inputs(placeholders: list[fx.Node], paths: list[str], found: Trace) -> tupl
 
 
 HINT_SCALES = (1_000_000, 10_000, 1000, 500, 250, 120, 60, 30, 12, 4)
-"""Below which primes are looked for: beyond the sizes of models first, so that no hint divides one."""
+"""Above which primes are looked for: beyond the sizes of models first, so that no hint divides one."""
+HINT_FACTORS = (1, 2, 4, 12)
+"""What a prime is multiplied with where a condition (halves of one size, say) asks for more than a prime."""
 
 
-def _hints(
-    graph_module: fx.GraphModule, guards: Sequence[Guard], ranges: Mapping[sympy.Symbol, tuple[int, int]]
-) -> dict[sympy.Symbol, int]:
+def _hints(graph_module: fx.GraphModule, found: Trace, examples: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
     """A prime of its own for each symbol, times what the guards want it to be divisible by.
 
     As large as the guards and the limits of the sizes allow (a table of 512 positions limits the length), and no
-    divisor of a fixed size of the graph where that can be had: symbols that no large prime suits get smaller ones.
+    divisor of a fixed size of the graph where that can be had: symbols that no large prime suits get smaller ones, and
+    those that none suits their size in the ``examples``.
     """
+    guards, ranges = found.guards, found.ranges()
     symbols: set[sympy.Symbol] = set()
     fixed: set[int] = set()
     for node in graph_module.graph.nodes:
@@ -387,7 +391,7 @@ def _hints(
         if of in moduli and isinstance(by, sympy.Integer):
             moduli[of] = math.lcm(moduli[of], int(by))
     hints: dict[sympy.Symbol, int] = {}
-    for scale in HINT_SCALES:
+    for scale, factor in itertools.product(HINT_SCALES, HINT_FACTORS):
         refused = _refused(hints, guards, ranges) if hints else symbols
         if not refused:
             break
@@ -396,7 +400,11 @@ def _hints(
             prime = int(sympy.nextprime(prime))
             while scale != HINT_SCALES[0] and prime < 4 * scale and any(n % prime == 0 for n in fixed if n):
                 prime = int(sympy.nextprime(prime))
-            hints[symbol] = prime * moduli[symbol]
+            hints[symbol] = prime * math.lcm(moduli[symbol], factor)
+    places = found.dims()
+    for symbol in _refused(hints, guards, ranges) & places.keys():
+        given, dim = places[symbol]
+        hints[symbol] = examples[given].shape[dim]
     return hints
 
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcompile.effects import drop_dead
 from tpcompile.errors import CaptureError
+from tpcompile.sentence import argument
 from tpcompile.tracing import TRACED, Trace, quiet, source
 
 _DROPPED = (  # run-time checks and profiler marks; what the checks say of sizes is checked by `Captured.flatten`
@@ -37,6 +38,20 @@ _DROPPED = (  # run-time checks and profiler marks; what the checks say of sizes
     "profiler::_record_function_enter",
     "profiler::_record_function_enter_new",
     "profiler::_record_function_exit",
+)
+
+_MAY_RETURN_OPERAND = frozenset(
+    (
+        torch.ops.aten.to.dtype,
+        torch.ops.aten.to.dtype_layout,
+        torch.ops.aten.to.device,
+        torch.ops.aten.to.other,
+        torch.ops.aten.type_as.default,
+        torch.ops.aten.contiguous.default,
+        torch.ops.aten.dropout.default,
+        torch.ops.aten.feature_dropout.default,
+        torch.ops.aten.alpha_dropout.default,
+    )
 )
 
 
@@ -220,7 +235,7 @@ class Inliner:
         )
         if origin.stack_trace:
             node.meta["stack_trace"] = origin.stack_trace
-        if not regime.grad:
+        if not regime.grad and ((same := _operand_itself(node)) is None or same.meta.get("no_grad")):
             node.meta["no_grad"] = True
         return node
 
@@ -364,6 +379,25 @@ def _is_view(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.arguments:
         return False
     return target._schema.arguments[0].alias_info is not None
+
+
+def _operand_itself(node: fx.Node) -> fx.Node | None:
+    """The operand that the op returns as it is, such as ``x.to(x.dtype)``: under no_grad it keeps its gradients.
+
+    It is one tensor with two names, and the tracer uses the later one, also behind the region.
+    """
+    if node.target not in _MAY_RETURN_OPERAND or not isinstance(operand := node.args[0], fx.Node):
+        return None
+    now, before = node.meta.get("val"), operand.meta.get("val")
+    if not isinstance(now, torch.Tensor) or not isinstance(before, torch.Tensor):
+        return None
+    if (now.dtype, now.device, now.shape, now.stride()) != (before.dtype, before.device, before.shape, before.stride()):
+        return None
+    schema: Any = node.target._schema  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    names = {entry.name for entry in schema.arguments}
+    copied = "copy" in names and argument(node, "copy")
+    drawn = "train" in names and argument(node, "train") and argument(node, "p") != 0
+    return None if copied or drawn else operand
 
 
 def _is_fresh(node: fx.Node) -> bool:

@@ -22,9 +22,10 @@ from unittest import mock
 
 import torch
 import torch.fx
+import torch.utils._pytree as pytree
 from torch import Tensor
 
-from tpcompile.errors import ShardingError
+from tpcompile.errors import ShardingError, TpcompileError
 from tpcompile.layout import Layout, Leaf, Mesh, axes_of, concat, positions, product, same, size
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
 from tpcompile.program import Program, Row
@@ -50,7 +51,19 @@ class Given:
     constant: bool = False
     values: tuple[int, ...] | None = None  # these, instead of drawn ones
 
+    @staticmethod
+    def like(x: Tensor) -> Given:
+        """Of the shape and kind of ``x``, between its least and its largest value; floats are drawn in float64."""
+        values = torch.view_as_real(x) if x.is_complex() else x
+        low, high = (float(values.min()), float(values.max())) if x.numel() else (0.0, 1.0)
+        if x.is_complex():
+            return Given(tuple(x.shape), low, high, torch.complex128)
+        if x.is_floating_point():
+            return Given(tuple(x.shape), low, high if high > low else low + 1.0, torch.float64)
+        return Given(tuple(x.shape), low, high + 1, x.dtype)
+
     def draw(self, generator: torch.Generator) -> Tensor:
+        """The tensor."""
         if self.values is not None:
             return torch.tensor(self.values, dtype=self.dtype)
         if self.dtype.is_floating_point or self.dtype.is_complex:
@@ -172,10 +185,12 @@ class Case:
         self.tensors = [i for i, x in enumerate(self.inputs) if isinstance(x, Tensor)]
 
     def program(self, mesh: Mesh, table: Mapping[str, Row]) -> Program:
+        """The call as a program on a mesh, placed as ``table`` says."""
         captured: Any = SimpleNamespace(size=int, parameters={}, buffers={}, constants={}, hints={})
         return Program(captured, self.module, mesh.degree, mesh=mesh, table=table)
 
     def sentence(self, rule: Rule) -> Sentence:
+        """What ``rule`` says of the call."""
         return rule.sentence(self.program(Mesh((1,)), {}).call(self.node))
 
 
@@ -577,4 +592,50 @@ def _told(sample: Sample, ins: Sequence[Placement], mesh: Mesh, options: Mapping
     return f"{sample}: operands {given} on mesh {mesh.sizes} {dict(options) or ''}: {error}"
 
 
-__all__ = ["Case", "Given", "Number", "Report", "Sample", "check"]
+def admit(rule: Rule, calls: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]]) -> Report:
+    """What the truth test says of a rule for a custom op, given example calls ``(args, kwargs)`` of real tensors.
+
+    Raises:
+        TpcompileError: the op is not registered, a call fails, the row is wrong, or no call lets anything be cut.
+    """
+    namespace, _, rest = rule.op.partition(".")
+    name, _, overload = rest.partition(".")
+    try:
+        getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    except AttributeError:
+        raise TpcompileError(
+            f"there is no op {rule.op}",
+            why="a rule names an overload as NAMESPACE.NAME.OVERLOAD, e.g. mylib.scale.default",
+            help="register the op with torch.library.custom_op before its rule",
+        ) from None
+    samples = [
+        Sample(rule.op, tuple(pytree.tree_map_only(Tensor, Given.like, x) for x in args), {
+            k: pytree.tree_map_only(Tensor, Given.like, x) for k, x in kwargs.items()
+        })
+        for args, kwargs in calls
+    ]  # fmt: skip
+    try:
+        report = check(rule, samples)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as error:
+        raise TpcompileError(
+            f"the rule for {rule.op} cannot be tested: {error}",
+            why="every call is run in float64 on the CPU, forward and backward",
+            help="give calls that the op takes, and a row whose labels fit them",
+        ) from error
+    if report.failures:
+        raise TpcompileError(
+            f"the rule for {rule.op} is wrong: {len(report.failures)} of {report.ran} ways to cut its operands differ",
+            why="; ".join(report.failures[:3]),
+            help="mark a label that the op needs whole with `!`, and leave `linear` and `sums` out unless they hold",
+        )
+    if not report.cut:
+        refused = "; ".join(reason for reason, _ in report.refused.most_common(2))
+        raise TpcompileError(
+            f"the rule for {rule.op} lets nothing be cut in the calls given, so nothing was tested",
+            why=refused or "no dim of an operand has more than one position",
+            help="give calls with dims of several positions (4 or 6), or leave the rule out",
+        )
+    return report
+
+
+__all__ = ["Case", "Given", "Number", "Report", "Sample", "admit", "check"]

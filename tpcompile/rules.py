@@ -983,7 +983,50 @@ def table(rows: Iterable[Rule] = ROWS) -> Mapping[str, Rule]:
     return MappingProxyType(found)
 
 
-RULES: Mapping[str, Rule] = table()
+_TABLE: dict[str, Rule] = dict(table())
+RULES: Mapping[str, Rule] = MappingProxyType(_TABLE)
+
+
+def add(rule: Rule, *calls: tuple[Any, ...] | tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:
+    """Add the rule of a custom op (``torch.library``), once the truth test that every built-in rule passes agrees.
+
+    ::
+
+        rules.add(Rule("mylib.scale.default", "... d, d -> ... d", "each"), (torch.randn(4, 6), torch.randn(6)))
+
+    Args:
+        rule: its ``row`` labels every dim of the tensor operands and results (see :mod:`tpcompile.sentence`).
+        calls: example calls, the positional arguments of each or ``(args, kwargs)``. Their tensors say shapes, kinds
+            and ranges of values; dims of 4 or 6 positions can be cut in most ways.
+
+    Raises:
+        TpcompileError: the op is unknown or has a rule already, a call fails, or the rule is wrong. Nothing is added.
+    """
+    from tpcompile.errors import TpcompileError
+    from tpcompile.rule_truth import admit
+
+    if rule.op in _TABLE:
+        raise TpcompileError(f"{rule.op} has a rule already", help="a rule is never replaced; give the op another name")
+    if not calls:
+        raise TpcompileError(
+            f"the rule for {rule.op} comes without an example call",
+            why="a rule is believed only when it has been tested",
+            help="write rules.add(rule, (torch.randn(4, 6),)) with the arguments of a call of the op",
+        )
+    admit(rule, [_args_kwargs(call) for call in calls])
+    _TABLE[rule.op] = rule
+
+
+def how_to_add(op: str) -> str:
+    """What to do about an op that has no rule."""
+    if op.startswith("aten."):
+        return f'add a row for "{op}" to the op rules (tpcompile/rules.py)'
+    return f'say what it does: tpcompile.rules.add(Rule("{op}", "..."), the arguments of a call)'
+
+
+def _args_kwargs(call: tuple[Any, ...]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    pair = len(call) == 2 and isinstance(call[0], tuple) and isinstance(call[1], Mapping)
+    return call if pair else (call, {})
 
 
 def op_name(node: torch.fx.Node) -> str:
