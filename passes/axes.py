@@ -27,12 +27,14 @@ from tpcompile.structure import Atom, Cat, Pin, Prod, Term, atoms, factors, find
 
 @dataclass(frozen=True)
 class Use:
-    """Where a parameter is multiplied: the terms of its index that reaches the output, and of the one summed away."""
+    """Where a parameter is multiplied: the terms of its index that reaches the output, of the one summed away, and of
+    the one that says whose matrix it is."""
 
     node: torch.fx.Node
     column: Term | None
     row: Term | None
     table: bool  # an embedding: `row` is looked up, not summed
+    experts: Term | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _check_every_line_names_a_weight(program: Program) -> None:
     matrices = {c.module for c in program.claims if len(structure.parameters.get(c.parameter, ())) > 1}
     for claim in program.claims:
         used = claim.parameter in structure.parameters
-        if claim.word in ("column", "row", "vocab") and used and claim.module not in matrices:
+        if claim.word in ("column", "row", "vocab", "experts") and used and claim.module not in matrices:
             raise ShardingError(
                 f"`{claim.word}` claims {claim.module or claim.parameter}, which has no matrix to cut",
                 where=claim.line.where,
@@ -140,6 +142,8 @@ def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
     for use in uses:
         if claim.word == "vocab":
             term = use.row if use.table else use.column
+        elif claim.word == "experts":
+            term = use.experts
         elif claim.word == "row":
             term = None if use.table else use.row
         else:
@@ -149,6 +153,13 @@ def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
         first = term if first is None else first
         if claim.word == "vocab" or any(a is b for a in atoms(first) for b in atoms(term)):
             yield use, term
+    if first is None and claim.word == "experts":
+        raise ShardingError(
+            f"`experts` claims {claim.parameter}, which does not hold the matrices of several experts",
+            where=claim.line.where,
+            why="no product of rows with the matrix of their expert reads it",
+            help=f"say `column` or `row` for {claim.parameter}, or remove it from the line",
+        )
 
 
 def uses_of(program: Program, parameter: str) -> list[Use]:
@@ -187,9 +198,11 @@ def _use(program: Program, node: torch.fx.Node, sentence: Sentence, index: int) 
     others = {x for i, labels in enumerate(sentence.operands) if i != index for x in labels}
     results = {x for labels in sentence.results for x in labels}
     column = [t for x, t in zip(sentence.operands[index], terms, strict=True) if x in results and x not in others]
-    row = [t for x, t in zip(sentence.operands[index], terms, strict=True) if x not in results]
+    owning = {x for _, x, _ in sentence.owners}
+    row = [t for x, t in zip(sentence.operands[index], terms, strict=True) if x not in results and x not in owning]
     table = not any(x in others for x in sentence.operands[index] if x not in results)
-    return Use(node, prod(column) if column else None, prod(row) if row else None, table)
+    experts = next((t for x, t in zip(sentence.operands[index], terms, strict=True) if x in owning), None)
+    return Use(node, prod(column) if column else None, prod(row) if row else None, table, experts)
 
 
 def candidates(term: Term) -> list[Atom]:

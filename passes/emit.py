@@ -20,6 +20,7 @@ from tpcompile.errors import ShardingError
 from tpcompile.layout import (
     Layout,
     LayoutError,
+    Owned,
     Product,
     axes_of,
     drop,
@@ -27,6 +28,7 @@ from tpcompile.layout import (
     positions,
     product,
     relative_runs,
+    runs,
     same,
     size,
     whole_segments,
@@ -181,7 +183,7 @@ class _Emitter:
         self, node: torch.fx.Node, made: torch.fx.Node, dim: int, layout: Layout, axis: int
     ) -> torch.fx.Node:
         """f on the segments of a parameter that every rank along ``axis`` holds."""
-        runs: list[tuple[tuple[int, int], ...]] = []
+        found: list[tuple[tuple[int, int], ...]] = []
         for rank in range(self.mesh.degree):
             group = next(g for g in self.mesh.groups([axis]) if rank in g)
             mine = positions(layout, self.mesh, rank)
@@ -190,9 +192,9 @@ class _Emitter:
                 shared = np.intersect1d(shared, positions(layout, self.mesh, other))
             at = np.searchsorted(mine, shared)
             pieces = np.split(at, np.flatnonzero(np.diff(at) != 1) + 1)
-            runs.append(tuple((int(p[0]), len(p)) for p in pieces if len(p)))
+            found.append(tuple((int(p[0]), len(p)) for p in pieces if len(p)))
         new = self.graph.call_function(
-            collectives.copy_segments, (made, dim, per_rank(runs), self.mesh.group_name([axis]))
+            collectives.copy_segments, (made, dim, per_rank(found), self.mesh.group_name([axis]))
         )
         self._annotate(new, node, self.program.table[node.name].results[0], node)
         return new
@@ -237,7 +239,10 @@ class _Emitter:
         # axes that newly cut one dim go together; segments that stay whole are cut locally, behind f
         new = [{a for a in axes_of(x) if have.letters[a] != "S"} for x in want.dims]
         mixed = {
-            a for x, over in zip(want.dims, new, strict=True) for a in over if any(whole_segments(x, b) for b in over)
+            a
+            for x, over in zip(want.dims, new, strict=True)
+            for a in over
+            if isinstance(x, Owned) or any(whole_segments(x, b) for b in over)
         }
         alone = {a for over in new if all(have.letters[b] == "P" for b in over) for a in over - mixed}
         for dim, over in by_dim([a for a in axes("P", "S") if a in alone], want.dims):
@@ -273,18 +278,24 @@ class _Emitter:
         has_grad = node.name in self.grads
         if source == "S":
             dim = next(d for d, (a, b) in enumerate(zip(have.dims, want.dims, strict=True)) if a != b)
-            if any(whole_segments(have.dims[dim], a) for a in changed):
+            if isinstance(have.dims[dim], Owned) or any(whole_segments(have.dims[dim], a) for a in changed):
                 raise ShardingError(
                     f"a value cut as {have.dims[dim]} would have to be gathered",
                     where=where(user),
-                    why="some of its segments are cut and others are held whole",
+                    why="only the data know which rows a rank holds"
+                    if isinstance(have.dims[dim], Owned)
+                    else "some of its segments are cut and others are held whole",
                     help="cut another axis, or `replicate` the block",
                 )
             function = collectives.gather if target == "R" else collectives.all_gather
             made = self._along(function, x, node, dim, have, want, changed, user)
         elif target == "S":
             dim = next(d for d, (a, b) in enumerate(zip(have.dims, want.dims, strict=True)) if a != b)
-            if any(whole_segments(want.dims[dim], a) for a in changed):
+            if isinstance(rows := want.dims[dim], Owned):
+                ends = self.env[next(n for n in self.program.graph.nodes if n.name == rows.ends)]
+                held = [runs(rows.experts, self.mesh.sizes, self.mesh.coordinates(r)) for r in range(self.mesh.degree)]
+                made = self.graph.call_function(kernels.keep_rows, (x, dim, ends, per_rank(held)))
+            elif any(whole_segments(want.dims[dim], a) for a in changed):
                 held = [relative_runs(want.dims[dim], have.dims[dim], self.mesh, r) for r in range(self.mesh.degree)]
                 made = self.graph.call_function(kernels.take, (x, dim, per_rank(held)))
             else:

@@ -15,10 +15,10 @@ import torch.fx
 
 from tpcompile.aliasing import is_inplace
 from tpcompile.errors import ShardingError
-from tpcompile.layout import axes_of
+from tpcompile.layout import Owned, axes_of
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
 from tpcompile.program import Program, Row, where
-from tpcompile.rules import RULES, how_to_add, op_name
+from tpcompile.rules import ROW_BY_ROW, RULES, how_to_add, op_name
 
 
 def place(program: Program) -> Program:
@@ -136,9 +136,13 @@ def _solve(program: Program, node: torch.fx.Node, table: dict[str, Row]) -> Solu
             return _replicated(program, call.shapes, call.results, ins, early)
         raise ShardingError(f"a cut value reaches {op_name(node)}", where=where(node), why=str(error)) from error
     try:
-        return solve(sentence, ins, program.mesh, early=early, keep=_wants_partial(program, node))
+        found = solve(sentence, ins, program.mesh, early=early, keep=_wants_partial(program, node))
     except PlacementError as error:
         raise _blocked(program, node, error) from error
+    divided = [d for p in (*found.operands, *found.results) for d in p.dims if isinstance(d, Owned)]
+    if divided and op_name(node) not in ROW_BY_ROW:
+        raise _blocked(program, node, PlacementError(f"it is not known to treat {divided[0]} row by row"))
+    return found
 
 
 def _wants_partial(program: Program, node: torch.fx.Node) -> bool:

@@ -81,7 +81,7 @@ def _unify_sentence(
 ) -> tuple[tuple[Term, ...], ...]:
     terms: dict[str, Term] = {}
     for index, (labels, dims) in enumerate(zip(sentence.operands, operands, strict=True)):
-        if index in sentence.references:
+        if index in sentence.references or index in {teller for _, _, teller in sentence.owners}:
             continue
         for label, term in zip(labels, dims, strict=True):
             if label is None:

@@ -25,7 +25,7 @@ from tpcompile.collectives import transition_of
 from tpcompile.compare import backward, gradient_errors, largest, relative_error
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.errors import TpcompileError
-from tpcompile.layout import Concat, Layout, Leaf, Product, axes_of, concat, product, size, whole_segments
+from tpcompile.layout import Concat, Layout, Leaf, Owned, Product, axes_of, concat, product, size, whole_segments
 from tpcompile.placement import Placement
 from tpcompile.program import Program, where
 from tpcompile.report import Collective
@@ -438,7 +438,11 @@ def _dims(program: Program, placed: Placement, whole: torch.Tensor) -> list[Layo
                 return product(at(x) for x in inner)
             case Concat(inner):
                 return concat(at(x) for x in inner)
+            case Owned():
+                return layout
 
+    if any(isinstance(d, Owned) for d in placed.dims):
+        return None
     dims = [at(d) if axes_of(d) else Leaf(n) for d, n in zip(placed.dims, whole.shape, strict=True)]
     return dims if tuple(map(size, dims)) == tuple(whole.shape) else None
 

@@ -393,8 +393,8 @@ def _operand_itself(node: fx.Node) -> fx.Node | None:
         return None
     if (now.dtype, now.device, now.shape, now.stride()) != (before.dtype, before.device, before.shape, before.stride()):
         return None
-    schema: Any = node.target._schema  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-    names = {entry.name for entry in schema.arguments}
+    target: Any = node.target
+    names = {entry.name for entry in target._schema.arguments}
     copied = "copy" in names and argument(node, "copy")
     drawn = "train" in names and argument(node, "train") and argument(node, "p") != 0
     return None if copied or drawn else operand

@@ -51,14 +51,35 @@ def gather_part(x: torch.Tensor, dim: int, index: torch.Tensor, held: Runs, tota
     return x.gather(dim, local).masked_fill(~inside, 0)
 
 
-def grouped_product(x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """``aten._grouped_mm`` in any precision: rows ``x`` of ``[r, k]``, sorted by expert, times the matrix of their
-    expert in ``weights`` of ``[e, k, n]``; the rows of expert ``i`` end before ``offs[i]``. Rows of no expert are zero.
+def grouped_product(
+    x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, held: Runs | None = None
+) -> torch.Tensor:
+    """``aten._grouped_mm`` in any precision, of all experts or of those ``held`` here; zero for the rows of the others.
+
+    Args:
+        x: rows ``[r, k]``, sorted by expert.
+        weights: ``[e, k, n]``, the matrices of the experts held here.
+        offs: where the rows of every expert end, non-decreasing integers.
+        held: ``(start, length)`` of the experts held here, in the order of ``weights``; None for all.
     """
-    ends = offs.tolist()
-    starts = [0, *ends[:-1]]
-    made = [x[a:b] @ w for w, a, b in zip(weights, starts, ends, strict=True)]
-    return torch.cat([*made, x.new_zeros(x.shape[0] - (ends[-1] if ends else 0), weights.shape[-1])])
+    ends = [0, *offs.tolist()]
+    parts, done, at = list[torch.Tensor](), 0, 0
+    for start, length in held if held is not None else ((0, len(weights)),):
+        for expert in range(start, start + length):
+            low, high = ends[expert], ends[expert + 1]
+            parts += [x.new_zeros(low - done, weights.shape[-1]), x[low:high] @ weights[at]]
+            done, at = high, at + 1
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - done, weights.shape[-1])])
+
+
+def keep_rows(x: torch.Tensor, dim: int, offs: torch.Tensor, held: Runs) -> torch.Tensor:
+    """``x`` with the rows of other experts than those ``held`` here set to zero; so are the rows of its gradient."""
+    ends = torch.cat([offs.new_zeros(1), offs])
+    at = torch.arange(x.shape[dim], device=x.device)
+    mine = torch.zeros_like(at, dtype=torch.bool)
+    for start, length in held:
+        mine = mine | ((at >= ends[start]) & (at < ends[start + length]))
+    return x.masked_fill(~mine.view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())]), 0)
 
 
 def _locate(index: torch.Tensor, held: Runs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -54,14 +54,30 @@ class Concat:
         return "[" + "|".join(map(str, self.parts)) + "]"
 
 
-Layout = Leaf | Product | Concat
+@dataclass(frozen=True)
+class Owned:
+    """``total`` rows, each of which belongs to one of several experts, and so to the ranks that hold it.
+
+    Which rows these are only the data know: ``ends`` names the value that says where the rows of each expert end. Every
+    rank stores all rows; those of other ranks' experts mean nothing.
+    """
+
+    total: int
+    experts: Leaf
+    ends: str
+
+    def __str__(self) -> str:
+        return f"{self.total} rows of {self.experts} experts"
+
+
+Layout = Leaf | Product | Concat | Owned
 
 
 @lru_cache(maxsize=65536)
 def size(layout: Layout) -> int:
     """Number of positions of the whole (un-cut) dim."""
     match layout:
-        case Leaf(n, _):
+        case Leaf(n, _) | Owned(n, _, _):
             return n
         case Product(factors):
             return math.prod(size(f) for f in factors)
@@ -75,6 +91,8 @@ def axes_of(layout: Layout) -> frozenset[int]:
     match layout:
         case Leaf(_, axes):
             return frozenset(axes)
+        case Owned(_, experts, _):
+            return axes_of(experts)
         case Product(inner) | Concat(inner):
             return frozenset[int]().union(*(axes_of(x) for x in inner))
 
@@ -83,7 +101,7 @@ def axes_of(layout: Layout) -> frozenset[int]:
 def whole_segments(layout: Layout, axis: int) -> bool:
     """Whether some segment of a concatenation is held whole although another one is cut over ``axis``."""
     match layout:
-        case Leaf():
+        case Leaf() | Owned():
             return False
         case Product(factors):
             return any(whole_segments(f, axis) for f in factors)
@@ -137,6 +155,8 @@ def drop(layout: Layout, axes: Iterable[int]) -> Layout:
             if not set(cut) <= gone:
                 raise LayoutError(f"{layout} is cut over axes {cut} as one and cannot be gathered over {sorted(gone)}")
             return Leaf(n)
+        case Owned(n, experts, _):
+            return Leaf(n) if not axes_of(drop(experts, gone)) else layout
         case Product(factors):
             return product(drop(f, gone) for f in factors)
         case Concat(parts):
@@ -216,6 +236,8 @@ def runs(layout: Layout, sizes: tuple[int, ...], coordinates: tuple[int, ...]) -
             for a in axes:
                 count, index = count * sizes[a], index * sizes[a] + coordinates[a]
             return _merge([balanced(n, count, index)])
+        case Owned():
+            raise LayoutError(f"only the data know which of the {layout} a rank holds")
         case Concat(parts):
             out: list[tuple[int, int]] = []
             offset = 0
@@ -246,6 +268,8 @@ def _held(layout: Layout, sizes: tuple[int, ...], coordinates: tuple[int, ...]) 
     match layout:
         case Leaf():
             return sum(n for _, n in runs(layout, sizes, coordinates))
+        case Owned(n, _, _):
+            return n
         case Product(factors):
             return math.prod(_held(f, sizes, coordinates) for f in factors)
         case Concat(parts):
@@ -262,7 +286,7 @@ def same(a: Layout, b: Layout, mesh: Mesh) -> bool:
     """Whether every rank holds the same positions under both layouts."""
     if a == b:
         return True
-    if size(a) != size(b) or axes_of(a) != axes_of(b):
+    if size(a) != size(b) or axes_of(a) != axes_of(b) or Owned in (type(a), type(b)):
         return False
     a, b = _without_common_factors(a, b)
     coordinates = [mesh.coordinates(rank) for rank in range(mesh.degree)]
@@ -292,6 +316,8 @@ def relative_runs(before: Layout, after: Layout, mesh: Mesh, rank: int) -> Runs:
 def _split_minor(term: Layout, minor: int, mesh: Mesh) -> tuple[Layout, Layout]:
     """``term`` as ``major * minor`` with ``minor`` of the given size, or LayoutError."""
     match term:
+        case Owned():
+            raise LayoutError(f"{term} cannot be regrouped")
         case Leaf(n, axes):
             if not axes:
                 return Leaf(n // minor), Leaf(minor)
@@ -384,6 +410,8 @@ def _split_at(layout: Layout, at: int) -> tuple[Layout, Layout]:
     if at == total:
         return layout, Leaf(0)
     match layout:
+        case Owned():
+            raise LayoutError(f"{layout} cannot be taken apart")
         case Leaf(n, axes):
             if axes:
                 raise LayoutError(f"a piece of {at} of {n} positions begins inside the cut {layout}")

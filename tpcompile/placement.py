@@ -21,6 +21,7 @@ from tpcompile.layout import (
     LayoutError,
     Leaf,
     Mesh,
+    Owned,
     axes_of,
     concat,
     drop,
@@ -141,8 +142,9 @@ def solve(
         PlacementError: the op would need a cut axis whole, or two axes are cut over one mesh axis.
     """
     layouts = _label_layouts(sentence, ins, mesh)
+    tellers = {teller for _, _, teller in sentence.owners}  # whole, although their dim is that of the experts
     operand_labels = [
-        [None if index in sentence.references else label for label in labels]
+        [None if index in sentence.references or index in tellers else label for label in labels]
         for index, labels in enumerate(sentence.operands)
     ]
     wants: list[list[str]] = [list(p.letters) for p in ins]
@@ -169,6 +171,10 @@ def solve(
                     outs[r][axis] = "S"
                 else:
                     outs[r][axis] = "P" if sentence.sums and not sentence.settles and not cut & kept else "H"
+            for rows, experts, _ in sentence.owners:
+                if experts in cut:
+                    for r, labels in enumerate(sentence.results):
+                        outs[r][axis] = ("P" if rows in cut else "S") if rows in labels else outs[r][axis]
             reason.append(_explain_cut(cut, layouts, outs, axis))
             continue
         if not active:  # a constant, cut where the value is that its shape is read from
@@ -194,9 +200,17 @@ def solve(
         if partial:
             reason.append("not linear in a partial sum: all-reduced first")
     for i in active:
-        for d, label in enumerate(sentence.operands[i]):
+        for d, label in enumerate(operand_labels[i]):
             if label is not None and label in layouts:
                 dims[i][d] = layouts[label]
+    for rows, experts, teller in sentence.owners:
+        match layouts.get(experts):
+            case Leaf() as held_experts if rows not in layouts:
+                layouts[rows] = Owned(sentence.sizes[rows], held_experts, sentence.names[teller])
+            case None:
+                pass
+            case _:
+                layouts.pop(rows)  # summed over the experts
     results = [
         tuple(layouts.get(x, Leaf(sentence.sizes[x])) if x is not None else Leaf(1) for x in labels)
         for labels in sentence.results
@@ -223,6 +237,11 @@ def _check_cut(
         return next(iter(cutting or having), None)
 
     here = {x for x, layout in layouts.items() if axis in axes_of(layout)}
+    for rows, experts, teller in sentence.owners:
+        if any(axes_of(d) for d in ins[teller].dims):
+            raise PlacementError("where the rows of each expert end must be known on every rank", teller)
+        _check_owners(sentence, layouts.get(rows), layouts.get(experts), axis, teller)
+        cut = cut - {rows} if experts in cut else cut
     for label in sorted(here & set(sentence.whole)):
         raise PlacementError(f"{sentence.whole[label]}, but it is cut as {layouts[label]}", operand_of(label))
     results = {x for labels in sentence.results for x in labels}
@@ -237,6 +256,17 @@ def _check_cut(
         if whole_segments(layouts[label], axis):
             why = f"a sum over {layouts[label]} would add the segments that every rank holds once per rank"
             raise PlacementError(why, operand_of(label))
+
+
+def _check_owners(sentence: Sentence, rows: Layout | None, experts: Layout | None, axis: int, teller: int) -> None:
+    """Rows are divided as their experts are, and in no other way."""
+    if experts is not None and axis in axes_of(experts) and not isinstance(experts, Leaf):
+        raise PlacementError(f"experts cut as {experts} are not neighbours")
+    if rows is not None and axis in axes_of(rows):
+        if not isinstance(rows, Owned):
+            raise PlacementError(f"rows belong to experts by where they stand, but they are cut as {rows}", 0)
+        if rows.experts != experts or rows.ends != sentence.names[teller]:
+            raise PlacementError(f"the {rows} meet experts cut as {experts or 'a whole'}", 0)
 
 
 def _explain_cut(cut: set[str], layouts: dict[str, Layout], outs: list[list[str]], axis: int) -> str:

@@ -25,8 +25,9 @@ import torch.fx
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from tpcompile import kernels
 from tpcompile.errors import ShardingError, TpcompileError
-from tpcompile.layout import Layout, Leaf, Mesh, axes_of, concat, positions, product, same, size
+from tpcompile.layout import Layout, Leaf, Mesh, Owned, axes_of, concat, positions, product, runs, same, size
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
 from tpcompile.program import Program, Row
 from tpcompile.rules import Rule
@@ -485,12 +486,22 @@ def execute(case: Case, ins: Sequence[Placement], mesh: Mesh, solution: Solution
     torch.default_generator.manual_seed(11)
     made = Simulation(emitted, mesh.degree, mesh.all_groups()).run(inputs)
     for i, (whole, p) in enumerate(zip(case.outputs, solution.results, strict=True)):
-        if case.sample.values and (error := wrong_value([mine[i].detach() for mine in made], p, mesh, whole)):
+        parts = [_own_rows(case, mine[i].detach(), p, mesh, rank) for rank, mine in enumerate(made)]
+        if case.sample.values and (error := wrong_value(parts, _summed(p), mesh, whole)):
             return f"result {i} as {p}, {error}"
-    seeds = [
-        [None] * mesh.degree if g is None else given_gradients(g, p, mesh, generator)
-        for g, p in zip(case.seeds, solution.results, strict=True)
-    ]
+    seeds: list[list[Tensor | None]] = []
+    for g, p in zip(case.seeds, solution.results, strict=True):
+        if g is None:
+            seeds.append([None] * mesh.degree)
+            continue
+        given_to = given_gradients(g, _summed(p), mesh, generator)
+        if p != _summed(p):  # of the rows of other ranks a gradient may be anything
+            noise = [uniform(g.shape, g.dtype, -1, 1, generator) for _ in given_to]
+            mine = [_own_rows(case, x, p, mesh, r) for r, x in enumerate(given_to)]
+            given_to = [
+                x + n - _own_rows(case, n, p, mesh, r) for r, (x, n) in enumerate(zip(mine, noise, strict=True))
+            ]
+        seeds.append([*given_to])
     losses = [_loss(mine, [s[rank] for s in seeds]) for rank, mine in enumerate(made)]
     present = [x for x in losses if x is not None]
     if present:
@@ -500,6 +511,22 @@ def execute(case: Case, ins: Sequence[Placement], mesh: Mesh, solution: Solution
         if whole is not None and (error := wrong_gradient([mine[i].grad for mine in inputs], p, mesh, whole)):
             return f"gradient of operand {case.tensors.index(i)} as {p}, {error}"
     return None
+
+
+def _summed(placed: Placement) -> Placement:
+    """Rows of which only the data know who holds them, as the partial sum that they are without the other rows."""
+    divided = {a for d in placed.dims if isinstance(d, Owned) for a in axes_of(d)}
+    dims = tuple(Leaf(d.total) if isinstance(d, Owned) else d for d in placed.dims)
+    return Placement(tuple("P" if a in divided else x for a, x in enumerate(placed.letters)), dims)
+
+
+def _own_rows(case: Case, x: Tensor, placed: Placement, mesh: Mesh, rank: int) -> Tensor:
+    """``x`` without the rows that are other ranks'."""
+    for dim, layout in enumerate(placed.dims):
+        if isinstance(layout, Owned):
+            ends = next(n.meta["val"] for n in case.graph.nodes if n.name == layout.ends)
+            x = kernels.keep_rows(x, dim, ends, runs(layout.experts, mesh.sizes, mesh.coordinates(rank)))
+    return x
 
 
 def assignments(case: Case, mesh: Mesh) -> Iterator[tuple[Placement, ...]]:

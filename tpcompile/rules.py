@@ -199,10 +199,17 @@ def _grouped_product(call: Call) -> Sentence:
     """Rows sorted by expert times the matrix of their expert; ``offs`` says where each expert's rows end."""
     if tuple(map(len, call.shapes)) != (2, 3, 1):
         raise ValueError("a grouped product of other than rows [r, k], matrices [e, k, n] and ends [e] has no rule")
-    text = "r! k, e! k n, e! -> r n"
-    found = parse_row(text, call.shapes, call.results, "grouped_mm")
-    whole = {"r": "rows belong to experts by where they stand", "e": "every row finds its expert among all of them"}
-    return replace(found, linear=frozenset({0, 1}), sums=True, whole=whole)
+    found = parse_row("r k, e k n, e -> r n", call.shapes, call.results, "grouped_mm")
+    names = tuple(x.name for x in call.operands)
+    return replace(found, linear=frozenset({0, 1}), sums=True, owners=(("r", "e", 2),), names=names)
+
+
+def _grouped_part(local: LocalCall) -> torch.fx.Node | None:
+    """Some of the experts are held here: their rows, zero for the others."""
+    experts = local.operands[1].dims[0]
+    if not axes_of(experts):
+        return None
+    return local.emit(kernels.grouped_product, (*local.args[:3], local.held(experts)))
 
 
 def _inner(call: Call) -> Sentence:
@@ -880,7 +887,10 @@ _ROWS: tuple[Rule, ...] = (
     Rule("aten.outer.default", "m, n -> m n", "each"),
     Rule("aten.matmul.default", _matmul),
     Rule("aten.einsum.default", _einsum),
-    *(Rule(op, _grouped_product) for op in ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")),
+    *(
+        Rule(op, _grouped_product, kernel=_grouped_part)
+        for op in ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+    ),
     Rule("aten.inner.default", _inner),
     Rule("aten.tensordot.default", _tensordot),
     *(Rule(f"aten.conv{n}d.{o}", _conv, localize=_local_groups) for n in (1, 2, 3) for o in ("default", "padding")),
@@ -1043,5 +1053,15 @@ def result_shapes(node: torch.fx.Node, size: Callable[[Any], int]) -> tuple[Shap
     values = value if isinstance(value, (tuple, list)) else [value]
     return tuple(tuple(size(n) for n in v.shape) for v in values if isinstance(v, torch.Tensor))
 
+
+ROW_BY_ROW = frozenset(
+    f"aten.{name}"
+    for name in _names("""silu.default gelu.default relu.default sigmoid.default tanh.default mul.Tensor mul.Scalar
+    add.Tensor add.Scalar sub.Tensor neg.default clamp.default clamp.Tensor slice.Tensor chunk.default split.Tensor
+    split_with_sizes.default to.dtype unsqueeze.default select.int contiguous.default clone.default square.default
+    minimum.default maximum.default""")
+) | {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
+"""Ops that rows of which only the data know who holds them may pass: finite, with finite derivatives, on rows of zeros,
+and without a sum over rows in their backward."""
 
 GETITEM: Callable[..., Any] = operator.getitem

@@ -34,6 +34,9 @@ class Sentence:
         products: ``(left, right)`` label tuples with equal row-major products.
         concats: ``(label, parts)``: the label is its parts one after the other.
         references: operands read for shape and dtype only; their values do not matter.
+        owners: ``(rows, experts, i)``: every row belongs to one expert, and operand ``i``, which must be whole, says to
+            which. Where the experts are cut, a rank makes the rows of its own; rows that are divided so already are
+            summed over the experts.
     """
 
     operands: tuple[Labels, ...]
@@ -46,6 +49,8 @@ class Sentence:
     products: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
     concats: tuple[tuple[str, tuple[str, ...]], ...] = ()
     references: frozenset[int] = frozenset()
+    owners: tuple[tuple[str, str, int], ...] = ()
+    names: tuple[str, ...] = ()  # of the operands, where owners are told by name
 
 
 Shape = tuple[int, ...]

@@ -33,11 +33,12 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "column": "cut the index of the weight that reaches the output",
         "row": "cut the index of the weight that is summed over",
         "vocab": "cut the vocabulary index of an embedding or a head",
+        "experts": "give every rank some of the experts of a mixture",
         "sequence": "may run on a shard of the sequence, where sequence parallelism is turned on",
         "replicate": "keep whole on every rank",
     }
 )
-"""The five placement words, Megatron's own, and what each says of a parameter."""
+"""The placement words, Megatron's own, and what each says of a parameter."""
 
 Component: TypeAlias = tuple[tuple[str, ...], ...]
 """What stands between dots: pieces in a row, each a tuple of alternatives; ``{q,k}_p`` is (("q", "k"), ("_p",))."""
