@@ -152,10 +152,13 @@ def _convolution(site: Site) -> torch.fx.Node | None:
 def _attention(site: Site) -> torch.fx.Node | None:
     """Fused attention with dropout (its mask cannot be cut) or grouped heads, written out as the kernel's math path."""
     q, k, v = (site.arg(x) for x in ("query", "key", "value"))
-    grouped = site.arg("enable_gqa") and site.shape(q)[-3] != site.shape(k)[-3]
+    heads = [x.meta["val"].shape[-3] if x.meta["val"].dim() > 2 else 1 for x in (q, k)]
+    grouped = site.arg("enable_gqa") and heads[0] != heads[1]
     p = site.arg("dropout_p")
     if grouped:
-        times = site.shape(q)[-3] // site.shape(k)[-3]
+        if not all(isinstance(n, int) for n in heads):
+            return None
+        times = heads[0] // heads[1]
         k, v = (site.emit(aten.repeat_interleave.self_int, x, times, -3) for x in (k, v))
     mask, causal, scale = site.arg("attn_mask"), site.arg("is_causal"), site.arg("scale")
     if p == 0.0:
@@ -163,7 +166,10 @@ def _attention(site: Site) -> torch.fx.Node | None:
             return None
         return site.emit(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, scale=scale)
     if scale is None:
-        scale = 1 / math.sqrt(site.shape(q)[-1])
+        width = q.meta["val"].shape[-1]
+        if not isinstance(width, int):
+            return None  # (the rule refuses a cut of it)
+        scale = 1 / math.sqrt(width)
     root = math.sqrt(scale)
     q, k = site.emit(aten.mul.Scalar, q, root), site.emit(aten.mul.Scalar, k, root)
     scores = site.emit(aten.matmul.default, q, site.emit(aten.transpose.int, k, -2, -1))

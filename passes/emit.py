@@ -39,6 +39,11 @@ from tpcompile.placement import Placement, uncut
 from tpcompile.program import Program, Row, where
 from tpcompile.rules import RULES, op_name
 
+_NAMES = "linear mm addmm bmm layer_norm rms_norm embedding contiguous native_layer_norm"
+ORDERLY = frozenset(f"aten.{name}.default" for name in _NAMES.split()) | {"aten.softmax.int", "aten.log_softmax.int"}
+"""Ops whose result lies in memory in the order of its dims, whatever its operands do."""
+DISORDERLY = frozenset(f"aten.{name}.default" for name in ("einsum", "tensordot", "matmul", "inner"))
+
 
 def emit(program: Program) -> Program:
     """Replace the graph by one rank's code. ``meta`` of a new node: ``placement``, ``origin`` (the old node's name)."""
@@ -85,7 +90,8 @@ class _Emitter:
         operands = iter([self.place(x, want, node) for x, want in zip(call.operands, row.operands, strict=True)])
         args, kwargs = self._substitute(node, operands)
         rule = RULES.get(op_name(node))
-        if rule is None or not any(axes_of(d) for p in (*row.operands, *row.results) for d in p.dims):
+        here = any(axes_of(d) for p in (*row.operands, *row.results) for d in p.dims)
+        if rule is None or not (here or (rule.random and self._may_lie_otherwise(node))):
             return self._call(node, node.target, args, kwargs)
         local = LocalCall(
             call, rule.sentence(call), row.operands, row.results, self.mesh, self.graph, args, kwargs, node.target,
@@ -104,6 +110,21 @@ class _Emitter:
                 help="cut another axis, `replicate` the block, or let the model keep the cut dim apart from the batch",
             ) from error
         return self._call(node, local.target, local.args, local.kwargs)
+
+    def _may_lie_otherwise(self, node: torch.fx.Node) -> bool:
+        """Whether a whole value may have its dims in another order in memory than on one device: random numbers are
+        drawn in that order, and what einsum makes depends on sizes, which are local before it."""
+        pending, seen = [*node.all_input_nodes], set[torch.fx.Node]()
+        while pending:
+            found = pending.pop()
+            row = self.program.table.get(found.name)
+            if found in seen or row is None or op_name(found) in ORDERLY:
+                continue
+            seen.add(found)
+            if op_name(found) in DISORDERLY and any(axes_of(d) for p in row.operands for d in p.dims):
+                return True
+            pending += found.all_input_nodes
+        return False
 
     def _call(self, node: torch.fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.fx.Node:
         return self.graph.create_node("call_function", target, tuple(args), kwargs, name=node.name)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from tpcompile.aliasing import is_inplace
+from tpcompile.aliasing import Holders, aliases, holders, is_inplace
 from tpcompile.errors import ShardingError
 from tpcompile.layout import Owned, axes_of
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
@@ -29,8 +29,14 @@ def place(program: Program) -> Program:
     """
     table: dict[str, Row] = {}
     grads = needs_grad(program)
+    writes = [n for n in program.graph.nodes if n.op == "call_function" and is_inplace(n)]
+    held = holders(program.graph) if writes else {}
+    shared = {x.name for n in writes for x in aliases(n.args[0], held)}  # no f parts what shares memory that is written
+    program = program.with_(early=frozenset((name, axis) for name, axis in program.early if name not in shared))
     for node in program.graph.nodes:
         value = node.meta.get("val")
+        if node.op == "call_function" and is_inplace(node):
+            _refuse_cut_memory(node, table, held)
         if node.op == "placeholder" and isinstance(value, torch.Tensor):
             table[node.name] = _given(uncut(program.shape(node), program.mesh), "an input: the same on every rank")
         elif node.op == "get_attr" and isinstance(value, torch.Tensor):
@@ -96,6 +102,19 @@ def _refuse_cut_inputs(node: torch.fx.Node, table: dict[str, Row]) -> None:
             raise _no_rule(node)
 
 
+def _refuse_cut_memory(node: torch.fx.Node, table: dict[str, Row], held: Holders) -> None:
+    """What is left of writes: into memory that no cut or partial value may share."""
+    family = aliases(node.args[0], held)  # type: ignore[arg-type]
+    rows = [table[x.name] for x in family if x.name in table and x < node]
+    if any(set(p.letters) & {"S", "P"} for row in rows for p in (*row.results, *row.settled)):
+        raise ShardingError(
+            f"{op_name(node)} writes into a cut value that is read again",
+            where=where(node),
+            why="an in-place op on memory that other values may share cannot be cut safely",
+            help="write the line without the in-place form, or `replicate` the block",
+        )
+
+
 def _no_rule(node: torch.fx.Node) -> ShardingError:
     return ShardingError(
         f"a cut value reaches {op_name(node)}, which has no rule",
@@ -118,13 +137,6 @@ def _solve(program: Program, node: torch.fx.Node, table: dict[str, Row]) -> Solu
         return Solution(whole, results, "its parameter is kept whole by the spec: operands are gathered")
     rule = RULES.get(op_name(node))
     cut = any(set(p.letters) & {"S", "P"} for p in ins)
-    if cut and is_inplace(node):
-        raise ShardingError(
-            f"{op_name(node)} writes into a cut value that is read again",
-            where=where(node),
-            why="an in-place op on memory that other values share cannot be cut safely",
-            help="write the line without the in-place form, or `replicate` the block",
-        )
     if rule is None and not cut:
         return _replicated(program, call.shapes, call.results, ins, early)
     if rule is None:

@@ -100,7 +100,6 @@ def test_explain_leads_back_to_the_spec(user: list[str]):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_run_agrees_with_one_device(user: list[str]):
     result = call("run", *user, "--tp", "2", "--json")
     assert result.exit_code == 0, result.output

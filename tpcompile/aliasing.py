@@ -137,4 +137,14 @@ def _one_value(node: torch.fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor) or may_share(node)
 
 
-__all__ = ["VIEWS", "aliases", "functional_overload", "holders", "is_inplace", "may_share", "storages", "viewed"]
+__all__ = [
+    "VIEWS",
+    "Holders",
+    "aliases",
+    "functional_overload",
+    "holders",
+    "is_inplace",
+    "may_share",
+    "storages",
+    "viewed",
+]

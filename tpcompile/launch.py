@@ -165,6 +165,7 @@ def _rank(folder: str, rank: int, ranks: int, timeout: float) -> None:
             timeout=timedelta(seconds=timeout + 60),  # the parent is the one to give up
         )
         result = pickle.dumps(function(*args))
+        dist.barrier()  # nobody leaves while another one still reads
         dist.destroy_process_group()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the parent is told
         failed_at = time.time()
@@ -181,6 +182,9 @@ def _rank(folder: str, rank: int, ranks: int, timeout: float) -> None:
         _write(Path(folder) / f"error{rank}", pickle.dumps(failure))
         os._exit(1)  # without waiting for the group's other members
     _write(Path(folder) / f"result{rank}", result)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads of the backend may still run: an interpreter that is taken down under them can abort
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -77,9 +77,9 @@ class LocalCall:
         """A size argument for a dim of ``layout``: local int, or arithmetic on the symbolic size; -1 stays."""
         if not axes_of(layout) or (isinstance(value, int) and value == -1):
             return value
-        locals_ = [local_size(layout, self.mesh, r) for r in self.ranks()]
         if isinstance(value, int):
-            return per_rank(locals_)
+            return self.length(layout)
+        locals_ = [local_size(layout, self.mesh, r) for r in self.ranks()]
         shares = [Fraction(n, size(layout)) for n in locals_]
         whole = math.lcm(*(s.denominator for s in shares))
         unit = self.graph.call_function(operator.floordiv, (value, whole))

@@ -328,6 +328,8 @@ def _attention(call: Call) -> Sentence:
                                                             ("d", "the head dim"), ("e", "the value dim"))}  # fmt: skip
     if call.argument("enable_gqa") and q[-3] != k[-3]:
         raise ValueError("grouped-query attention inside the fused kernel is lowered before placement")
+    if call.argument("dropout_p"):
+        raise ValueError("attention with dropout inside the fused kernel cannot be cut")
     mask = call.argument("attn_mask")
     operands: list[Labels] = [(*heads_q, "q", "d"), (*heads_k, "k", "d"), (*heads_k, "k", "e")]
     for labels, shape in zip(operands, call.shapes, strict=False):
@@ -852,9 +854,9 @@ def _lookup(call: Call) -> Sentence:
 
 
 def _dropout(local: LocalCall) -> torch.fx.Node | None:
-    """On a cut value: draw the whole mask, keep the part held here, so masks are those of one device."""
+    """Draw the whole mask in the order of one device, keep the part held here, so masks are those of one device."""
     cuts = local.cut_dims(0)
-    if not cuts or not local.call.argument("train"):
+    if not local.call.argument("train"):
         return None
     strides = [local.call.size(n) for n in local.call.operands[0].meta["val"].stride()]
     order = sorted(range(len(strides)), key=lambda d: -strides[d])
