@@ -13,6 +13,7 @@ import operator
 from typing import Any
 
 import networkx as nx
+import torch
 import torch.fx
 
 from tpcompile.passes.place import needs_grad, place
@@ -44,10 +45,13 @@ def _behind(program: Program, axis: int, grads: frozenset[str]) -> set[str]:
     free = {n.name for n in program.graph.nodes if _is_free(program, n, axis, grads)}
     for node in program.graph.nodes:
         row = program.table.get(node.name)
-        if row is None or node.name not in grads or len(row.settled) != 1 or row.settled[0].letters[axis] not in "RH":
+        if row is None or node.name not in grads or not isinstance(node.meta["val"], torch.Tensor):
+            continue  # (of an op with several results each is a value of its own)
+        if row.settled[0].letters[axis] not in "RH":
             continue
         # the op that makes the value, and what it costs to put f behind it
-        maker = node.name if node.name in free else (SOURCE if row.settled[0].letters[axis] == "R" else SINK)
+        source = str(node.args[0]) if node.target is operator.getitem else node.name
+        maker = source if source in free else (SOURCE if row.settled[0].letters[axis] == "R" else SINK)
         wanted = ("value", node.name)
         if maker != SINK:
             network.add_edge(maker, wanted, capacity=_cost(program, node))
@@ -68,12 +72,12 @@ def _behind(program: Program, axis: int, grads: frozenset[str]) -> set[str]:
 
 
 def _is_free(program: Program, node: torch.fx.Node, axis: int, grads: frozenset[str]) -> bool:
-    """A replicated op with a gradient, whose operands and result could all be R or all be H on the axis."""
+    """A replicated op with a gradient, whose operands and results could all be R or all be H on the axis."""
     row = program.table.get(node.name)
     if row is None or node.op != "call_function" or node.name not in grads or node.target is operator.getitem:
         return False
     states: list[Placement] = [*row.operands, *row.results]
-    return bool(row.operands) and len(row.results) == 1 and all(p.letters[axis] in "RH" for p in states)
+    return bool(row.operands) and all(p.letters[axis] in "RH" for p in states)
 
 
 def _wanted_by(program: Program, user: torch.fx.Node, node: torch.fx.Node, axis: int) -> list[str]:

@@ -364,6 +364,7 @@ SHAPES = (
     call("repeat.default", real(4), [3, 1]),
     call("tile.default", real(2, 4, 3), [2, 1]),
     call("repeat_interleave.self_int", real(4, 6), 2, 0),
+    call("repeat_interleave.self_int", real(4, 6), 2, 0, output_size=8),
     call("repeat_interleave.self_int", real(4, 6), 2, -1),
     call("repeat_interleave.self_int", real(4, 6), 2),
     call("constant_pad_nd.default", real(4, 6), [1, 2], 0.5),

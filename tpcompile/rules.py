@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -450,7 +451,7 @@ def _window(call: Call, dim: int, start: int, length: int, step: int = 1) -> Sen
 def _slice_bounds(call: Call) -> tuple[int, int, int, int]:
     dim = call.dim()
     n = call.shapes[0][dim]
-    start, end, step = call.argument("start"), call.argument("end"), int(call.argument("step") or 1)
+    start, end, step = call.argument("start"), call.argument("end"), call.integer(call.argument("step") or 1)
     low = 0 if start is None else call.integer(start)
     high = n if end is None else call.integer(end)
     low = min(max(low + n if low < 0 else low, 0), n)
@@ -460,13 +461,30 @@ def _slice_bounds(call: Call) -> tuple[int, int, int, int]:
 
 def _slice(call: Call) -> Sentence:
     dim, low, high, step = _slice_bounds(call)
-    return _window(call, dim, low, -(-(high - low) // step), step)
+    if not _strides(call):
+        return _window(call, dim, low, -(-(high - low) // step), step)
+    labels = tuple(f"d{i}" for i in range(len(call.shapes[0])))
+    sizes = dict(zip(labels, call.shapes[0], strict=True)) | {"every": call.results[0][dim], "step": step}
+    result = tuple("every" if i == dim else x for i, x in enumerate(labels))
+    whole = {"step": f"a slice with step {step} takes one of every {step}"}
+    products = (((labels[dim],), ("every", "step")),)
+    return Sentence((labels,), (result,), sizes, linear="each", whole=whole, products=products)
+
+
+def _strides(call: Call) -> bool:
+    """Whether a slice takes one of every ``step`` positions, from the first group of them to the last."""
+    dim, low, high, step = _slice_bounds(call)
+    n = call.shapes[0][dim]
+    return step > 1 and n % step == 0 and low < step and high > n - step + low
 
 
 def _local_slice(local: LocalCall) -> None:
     dim, low, high, _ = _slice_bounds(local.call)
     layout = local.operands[0].dims[dim]
     n = local.call.shapes[0][dim]
+    if _strides(local.call):
+        local.set("end", sys.maxsize if axes_of(layout) else local.current("end"))
+        return
     if axes_of(layout) and (low, high) != (0, n):
         local.set("start", local.offset(layout, low))
         local.set("end", local.offset(layout, high))
@@ -653,6 +671,12 @@ def _repeat_interleave(call: Call) -> Sentence:
     times = call.results[0][dim] // shape[dim]
     sizes = dict(zip(labels, shape, strict=True)) | {"y": call.results[0][dim], "t": times}
     return Sentence((labels,), (result,), sizes, linear="each", products=(((labels[dim], "t"), ("y",)),))
+
+
+def _local_repeats(local: LocalCall) -> None:
+    """``output_size``, where it is given, is a size of the result."""
+    if (stated := local.current("output_size")) is not None and local.call.argument("dim") is not None:
+        local.set("output_size", local.size(stated, local.results[0].dims[local.call.dim()]))
 
 
 def _pad(call: Call) -> Sentence:
@@ -960,7 +984,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("aten.cat.default", _cat),
     Rule("aten.stack.default", _stack),
     *(Rule(f"aten.{n}.default", _repeat) for n in ("repeat", "tile")),
-    Rule("aten.repeat_interleave.self_int", _repeat_interleave),
+    Rule("aten.repeat_interleave.self_int", _repeat_interleave, localize=_local_repeats),
     Rule("aten.constant_pad_nd.default", _pad),
     Rule("aten.pad.default", _pad),
     Rule("aten.index.Tensor", _index),
