@@ -129,8 +129,7 @@ def storages(node: torch.fx.Node) -> list[int]:
     """Identities of the storages of a node's fake values."""
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
-    tensors = [v for v in values if isinstance(v, torch.Tensor) and not torch._C._functorch.is_batchedtensor(v)]
-    return [v.untyped_storage()._cdata for v in tensors]
+    return [v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)]
 
 
 def _one_value(node: torch.fx.Node) -> bool:

@@ -195,6 +195,7 @@ def verify(
 
     def work() -> Answer:
         import tpcompile
+        from tpcompile.report import held_text
 
         loaded = load(model, weights=True)
         report = tpcompile.verify(loaded.model, spec, degree=tp, example_inputs=example_inputs(loaded))
@@ -206,11 +207,13 @@ def verify(
             "gradient_error": report.gradient_error,
             "mismatch": report.mismatch,
             "collectives": [dataclasses.asdict(collective) for collective in report.collectives],
+            "held": list(report.held),
             "seconds": dict(report.timings),
         }
         rows = [
             ("outputs", f"{report.output_error:.1e} worst relative error in float64"),
             ("gradients", f"{report.gradient_error:.1e} worst relative error in float64"),
+            ("parameters", held_text(report.held)),
             ("collectives", collectives_line(report.collectives)),
             ("time", time_text(report.timings)),
         ]

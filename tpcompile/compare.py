@@ -32,12 +32,10 @@ def relative_error(expected: torch.Tensor, got: torch.Tensor, floor: float = 0.0
 
 
 def gradient_errors(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
-    """The relative error of each gradient; one that is missing counts as zero."""
+    """The relative error of each gradient; one that is missing is infinitely wrong, unless zero was expected."""
     floor = largest(expected.values()) * GRADIENT_FLOOR
-    return {
-        name: relative_error(gradient, got.get(name, torch.zeros_like(gradient)), floor)
-        for name, gradient in expected.items()
-    }
+    missing = {name: float("inf") if gradient.any() else 0.0 for name, gradient in expected.items() if name not in got}
+    return missing | {name: relative_error(expected[name], got[name], floor) for name in expected if name in got}
 
 
 def largest(tensors: Iterable[torch.Tensor]) -> float:

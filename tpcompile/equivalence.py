@@ -28,7 +28,7 @@ from tpcompile.errors import TpcompileError
 from tpcompile.layout import Concat, Layout, Leaf, Owned, Product, axes_of, concat, product, size, whole_segments
 from tpcompile.placement import Placement
 from tpcompile.program import Program, where
-from tpcompile.report import Collective
+from tpcompile.report import Collective, held
 from tpcompile.rules import op_name
 from tpcompile.simulate import Simulation
 from tpcompile.widen import widen_graph
@@ -47,6 +47,7 @@ class Report:
         replicas_equal: parameters' gradients that ranks hold in common are bitwise equal among them.
         mismatch: the first difference in words, if there is one.
         collectives: every collective of a step.
+        held: share of the parameters' bytes that each rank holds; unlike where a cut is uneven.
         timings: seconds of the capture, of every pass, and of the comparison.
     """
 
@@ -58,6 +59,7 @@ class Report:
     replicas_equal: bool
     mismatch: str | None
     collectives: tuple[Collective, ...]
+    held: tuple[float, ...]
     timings: Mapping[str, float]
 
 
@@ -116,7 +118,7 @@ def verify_program(
     except _Failure as failure:
         timings = {**program.timings, "compare": time.perf_counter() - start}
         infinite = (math.inf, math.inf, math.inf, math.inf)
-        return Report(False, *infinite, False, str(failure), program.collectives, timings)
+        return Report(False, *infinite, False, str(failure), program.collectives, held(program), timings)
     native_output, native_gradient = _errors(eager, native)
     reference = _run_graph(program, _wide(program.captured.graph_module), wide)
     output_error, gradient_error = _errors(reference, exact)
@@ -142,6 +144,7 @@ def verify_program(
         replicas_equal,
         mismatch,
         program.collectives,
+        held(program),
         timings,
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._C._functorch import is_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -292,6 +293,13 @@ class Inliner:
     def _refuse_data_dependence(self) -> None:
         for node in self.graph.nodes:
             values = [value for value in pytree.tree_leaves(node.meta.get("val")) if value is not None]
+            if any(isinstance(value, torch.Tensor) and is_batchedtensor(value) for value in values):
+                raise CaptureError(
+                    f"{type(self.model).__name__} cannot be captured: its forward traces into torch.vmap",
+                    where=node.meta["source"],
+                    why=f"{node.target} was recorded on a value of one sample, which has no meaning outside",
+                    help="write the mask or the function for a whole batch, or choose another attention implementation",
+                )
             if any(free_unbacked_symbols(value) for value in values):
                 raise CaptureError(
                     f"{type(self.model).__name__} cannot be captured: a size or a number in its forward is the value "

@@ -20,6 +20,7 @@ import importlib.util
 import inspect
 import io
 import json
+import math
 import os
 import sys
 import traceback
@@ -81,7 +82,7 @@ def _huggingface(text: str, *, weights: bool, dtype: torch.dtype | None) -> nn.M
         transformers = _transformers()
         config, directory, gguf = _config(transformers, text, target)
         config = _changed(config, changes, text)
-        cls = _class(transformers, config, class_name, text)
+        cls = usual_class(config, text, class_name)
         stored = gguf or (directory is not None and any(directory.glob("*.safetensors")))
         if weights and stored and directory is not None and not changes:
             source = {"gguf_file": gguf} if gguf else {}
@@ -90,17 +91,34 @@ def _huggingface(text: str, *, weights: bool, dtype: torch.dtype | None) -> nn.M
                     str(directory), config=config, local_files_only=True, dtype=dtype or "auto", **source
                 )
             return model.eval()
-        with _reported(f"{text}: the model cannot be built from this config"):
-            kept = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-            with torch.device("meta"), _default_dtype(kept):
-                model = cls(config)
-            if weights:
-                _refuse_too_large(model, text)
-                with torch.random.fork_rng(devices=[]), _default_dtype(kept):
-                    torch.manual_seed(SEED)
-                    model = cls(config)
-                    _perturb(model)
-        return model.eval()
+        return build(config, cls, weights=weights, dtype=dtype, label=text)
+
+
+def build(
+    config: Any, cls: Any = None, *, weights: bool = True, dtype: torch.dtype | None = None, label: str | None = None
+) -> nn.Module:
+    """The model of a transformers ``config``, in eval mode; ``cls`` is the usual class with a head unless given.
+
+    Weights are drawn, the same ones every time and none of them constant; without ``weights`` it is on the meta device.
+    """
+    text = label or type(config).__name__
+    with _offline(), _reported(f"{text}: the model cannot be built from this config"):
+        cls = cls or usual_class(config, text)
+        kept = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+        if not weights:
+            return _on_meta(cls, config, kept).eval()
+        with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):  # it may need real tensors
+            _refuse_too_large(_on_meta(cls, config, kept), text)
+        with torch.random.fork_rng(devices=[]), _default_dtype(kept):
+            torch.manual_seed(SEED)
+            model = cls(config)
+            _perturb(model)
+    return model.eval()
+
+
+def _on_meta(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"), _default_dtype(dtype):
+        return cls(config)
 
 
 def _parse(text: str) -> tuple[str, str | None, dict[str, Any]]:
@@ -199,8 +217,9 @@ _HEADS = (  # the usual class of a model type: the first of these tables that ha
 _PAIRS = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES")  # encoder-decoder
 
 
-def _class(transformers: Any, config: Any, class_name: str | None, text: str) -> Any:
+def usual_class(config: Any, text: str, class_name: str | None = None) -> Any:
     """The class to build: the one asked for, the one the config was saved with, or the usual one with a head."""
+    transformers = _transformers()
     if class_name is not None:
         cls = getattr(transformers, class_name, None)
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -215,14 +234,33 @@ def _class(transformers: Any, config: Any, class_name: str | None, text: str) ->
         if hasattr(transformers, name):
             return getattr(transformers, name)
     tables = importlib.import_module("transformers.models.auto.modeling_auto")
+    found: list[Any] = []
     for table in (*(_PAIRS if config.is_encoder_decoder else ()), *_HEADS):
         name = getattr(tables, table, {}).get(config.model_type)
         name = name[0] if isinstance(name, tuple) else name
         if name is not None and hasattr(transformers, name):
-            return getattr(transformers, name)
+            found.append(getattr(transformers, name))
+    found += classes(type(config))
+    own = [cls for cls in found if getattr(cls, "config_class", None) is type(config)]  # not the class of a part
+    if found:
+        return [*own, *found][0]
     raise TpcompileError(
         f"{text}: transformers has no model class for the type {config.model_type!r}",
         help="name one: hf:TYPE:CLASS",
+    )
+
+
+def classes(config_class: type) -> list[Any]:
+    """The public model classes of transformers that are made from ``config_class``, those with a head first."""
+    package, _, name = config_class.__module__.rpartition(".")
+    try:
+        module = importlib.import_module(f"{package}.{name.replace('configuration', 'modeling', 1)}")
+    except ImportError:
+        return []
+    found = [getattr(module, known) for known in getattr(module, "__all__", ())]
+    own = [cls for cls in found if isinstance(cls, type) and getattr(cls, "config_class", None) is config_class]
+    return sorted(
+        (cls for cls in own if "PreTrained" not in cls.__name__), key=lambda cls: cls.__name__.endswith("Model")
     )
 
 
@@ -479,11 +517,13 @@ def _real(value: Any) -> Any:
 def default_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """``(args, kwargs)`` of an example call of a transformers model: batch 2, a short sequence, on the model's device.
 
-    What the model eats is read from its ``main_input_name`` and config. Raises `CaptureError` for any other model.
+    What the model eats is read from its ``main_input_name``, signature and config. Raises `CaptureError` for any other
+    model.
     """
-    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
-    make = _MAKERS.get(str(main))
-    if config is None or make is None:
+    config = getattr(model, "config", None)
+    parameters = inspect.signature(model.forward).parameters
+    main = _main_input(model, config, parameters)
+    if config is None or main not in _MAKERS:
         name = type(model).__name__
         raise CaptureError(
             f"example inputs are needed for {name}",
@@ -493,12 +533,12 @@ def default_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
             help="pass example_inputs=(torch.randn(2, 16),), or a dict of keyword arguments; on the command line, let "
             "the function return (model, example inputs)",
         )
+    kwargs: dict[str, Any] = {}
     with _reported(f"no example inputs can be made for {type(model).__name__} from its config"):
-        kwargs = make(config)
-    parameters = inspect.signature(model.forward).parameters
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-        kwargs["decoder_input_ids"] = _tokens(config, _LENGTH - 2, seed=1)
-    if "use_cache" in parameters or (hasattr(config, "use_cache") and _takes_any_keyword(parameters)):
+        for name in dict.fromkeys((main, *_other_inputs(config, main, parameters))):
+            kwargs[name] = _MAKERS[name](config, kwargs)
+    cached = hasattr(config, "use_cache") or (main == "input_ids" and _find(config, "use_cache") is not None)
+    if "use_cache" in parameters or (cached and _takes_any_keyword(parameters)):
         kwargs["use_cache"] = False
     parameter = next(model.parameters(), None)
     if parameter is not None and not parameter.is_meta:
@@ -510,49 +550,160 @@ def default_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 _BATCH, _LENGTH = 2, 8
+_SEVERAL = ("input_ids", "pixel_values", "input_features", "input_values", "pixel_values_videos")  # of dual encoders
+_ALSO = {"bridgetower": "pixel_values", "vilt": "pixel_values", "tvp": "pixel_values", "flava": "pixel_values"}
+
+
+def _main_input(model: nn.Module, config: Any, parameters: Mapping[str, inspect.Parameter]) -> str:
+    """The input that the model's class names, or the first of its forward: many classes inherit ``input_ids``."""
+    declared = str(getattr(model, "main_input_name", None))
+    first = next(iter(parameters), declared)
+    if declared in parameters and (declared != "input_ids" or first == "input_ids" or _find(config, "vocab_size")):
+        return declared
+    return declared if first in ("args", "kwargs", "input") else first
+
+
+def _other_inputs(config: Any, main: str, parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Further inputs, without which the model does not run."""
+    names = [name for name, parameter in parameters.items() if _is_required(parameter) and name in _MAKERS]
+    if main == "pixel_values" and _find(config, "vocab_size"):
+        names.append("input_ids")
+    if "return_loss" in parameters or hasattr(config, "logit_scale_init_value"):
+        names += _SEVERAL
+    names += ["bbox", "visual_feats", "visual_pos", _ALSO.get(config.model_type, main)]
+    if getattr(config, "is_encoder_decoder", False):
+        names.append("decoder_input_ids")
+    return [name for name in names if name in parameters]
 
 
 def _takes_any_keyword(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def _ids(config: Any) -> dict[str, Any]:
-    return {"input_ids": _tokens(config, _LENGTH, seed=0)}
+def _find(config: Any, *names: str) -> Any:
+    """The first of the names that the config has a value for, or one of the configs inside it."""
+    for name in names:
+        if (value := vars(config).get(name)) is not None:
+            return value
+    for part in vars(config).values():
+        if hasattr(part, "model_type") and (value := _find(part, *names)) is not None:
+            return value
+    return None
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
 
 
 def _tokens(config: Any, length: int, seed: int) -> torch.Tensor:
     """Token ids ``[2, length]``, none of them special, within vocabulary and positions."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # there are several
+        text = config.get_text_config(decoder=seed == 1, encoder=seed == 0)
     special = [getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "sep", "decoder_start")]
+    special += [value for key, value in vars(config).items() if key.endswith(("token_id", "token_index"))]
     listed = {token for value in special for token in (value if isinstance(value, list) else [value])}
-    usable = [token for token in range(min(int(text.vocab_size), 256)) if token not in listed]
+    known = getattr(text, "vocab_size", None) or _find(config, "vocab_size") or 96
+    usable = [token for token in range(min(int(known), 256)) if token not in listed]
     positions = getattr(text, "max_position_embeddings", None)
     length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
     choice = torch.randint(len(usable), (_BATCH, length), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(usable)[choice]
 
 
-def _pixels(config: Any) -> dict[str, Any]:
+def _ids(config: Any, _: dict[str, Any]) -> torch.Tensor:
+    return _tokens(config, _LENGTH, seed=0)
+
+
+def _image(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width."""
     vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", 64)  # a convolutional model takes any
+    size = _find(vision, "image_size", "img_size", "crop_size") or 64  # a convolutional model takes any
     height, width = size if isinstance(size, tuple | list) else (size, size)
-    shape = (_BATCH, int(getattr(vision, "num_channels", 3)), int(height), int(width))
-    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+    return int(_find(vision, "num_channels", "in_channels", "in_chans") or 3), int(height), int(width)
 
 
-def _waveform(config: Any) -> dict[str, Any]:
-    samples = 20 * max(1, int(torch.tensor(getattr(config, "conv_stride", [320])).prod()))
-    return {"input_values": torch.randn((_BATCH, samples), generator=torch.Generator().manual_seed(0))}
+def _pixels(config: Any, _: dict[str, Any]) -> torch.Tensor:
+    frames = _find(config, "num_frames") if config.model_type in _VIDEO else None
+    pair = 2 if config.model_type in ("lightglue", "superglue") else None
+    return _noise(_BATCH, *filter(None, (frames, pair)), *_image(config))
 
 
-def _spectrogram(config: Any) -> dict[str, Any]:
-    shape = (_BATCH, int(config.num_mel_bins), 2 * int(config.max_source_positions))
-    return {"input_features": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+_VIDEO = frozenset(("timesformer", "videomae", "vivit", "xclip"))
 
 
-_MAKERS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+def _video(config: Any, _: dict[str, Any]) -> torch.Tensor:
+    return _noise(_BATCH, int(_find(config, "num_frames", "frames_per_clip") or 4), *_image(config))
+
+
+def _waveform(config: Any, _: dict[str, Any]) -> torch.Tensor:
+    if (mel := _find(config, "num_mel_bins")) and (length := getattr(config, "max_length", None)):
+        return _noise(_BATCH, int(length), int(mel))
+    stride = _find(config, "conv_stride", "downsampling_ratios", "upsampling_ratios", "hop_length") or [320]
+    samples = 20 * max(1, math.prod(stride if isinstance(stride, list | tuple) else [stride]))
+    mono = config.model_type in _CODECS or _find(config, "audio_channels") is not None
+    return _noise(_BATCH, *([1] if mono else []), samples)
+
+
+_CODECS = frozenset(("dac", "neucodec", "vibevoice_acoustic_tokenizer", "xcodec", "xcodec2"))
+
+
+def _spectrogram(config: Any, _: dict[str, Any]) -> torch.Tensor:
+    bins = _find(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim") or 80
+    if config.model_type in ("clvp", "glmasr_encoder"):
+        return _noise(_BATCH, int(bins), 4 * _LENGTH)
+    positions = vars(config).get("max_source_positions") if "num_mel_bins" in vars(config) else None
+    if positions and not vars(config).get("feature_projection_input_dim"):
+        return _noise(_BATCH, int(bins), 2 * int(positions))
+    return _noise(_BATCH, 4 * _LENGTH, int(bins))
+
+
+def _mask(_: Any, given: dict[str, Any]) -> torch.Tensor:
+    """Of ones, for the input that came first."""
+    return torch.ones(next(iter(given.values())).shape[:2], dtype=torch.long)
+
+
+def _boxes(_: Any, given: dict[str, Any]) -> torch.Tensor:
+    """One ``[left, top, right, bottom]`` a token."""
+    corner = 10 * torch.arange(given["input_ids"].shape[1])[:, None]
+    return (corner + torch.tensor([1, 2, 8, 9])).expand(_BATCH, -1, -1).clone()
+
+
+def _hidden(config: Any, _: dict[str, Any]) -> torch.Tensor:
+    return _noise(_BATCH, 2 * _LENGTH, int(_find(config, "input_dim", "hidden_size", "d_model", "embed_dim")))
+
+
+def _patches(config: Any, _: dict[str, Any]) -> torch.Tensor:
+    """Row and column from 1, then the pixels of a patch."""
+    width = int(_find(config, "num_channels") or 3) * int(_find(config, "patch_size") or 16) ** 2
+    places = 1 + torch.stack((torch.arange(16) // 4, torch.arange(16) % 4), dim=1).expand(_BATCH, -1, -1)
+    return torch.cat((places.float(), _noise(_BATCH, 16, width)), dim=2)
+
+
+def _series(config: Any, _: dict[str, Any]) -> torch.Tensor:
+    channels = _find(config, "num_input_channels")
+    length = int(_find(config, "context_length"))
+    return _noise(_BATCH, length, int(channels)) if channels else _noise(_BATCH, length)
+
+
+_MAKERS: Mapping[str, Callable[[Any, dict[str, Any]], torch.Tensor]] = {
     "input_ids": _ids,
+    "inputs": _ids,
+    "qformer_input_ids": _ids,
+    "decoder_input_ids": lambda config, _: _tokens(config, _LENGTH - 2, seed=1),
+    "bbox": _boxes,
     "pixel_values": _pixels,
+    "pixel_values_videos": _video,
+    "flattened_patches": _patches,
+    "visual_feats": lambda config, _: _noise(_BATCH, 6, int(config.visual_feat_dim)),
+    "visual_pos": lambda config, _: _noise(_BATCH, 6, int(config.visual_pos_dim)),
     "input_values": _waveform,
     "input_features": _spectrogram,
+    "input_features_mask": _mask,
+    "hidden_states": _hidden,
+    "query_embeds": _hidden,
+    "inputs_embeds": _hidden,
+    "past_values": _series,
+    "spectrogram": lambda config, _: _noise(_BATCH, 4 * _LENGTH, int(config.model_in_dim)),
 }

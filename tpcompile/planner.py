@@ -25,7 +25,6 @@ import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tpcompile import shards
 from tpcompile.aliasing import VIEWS
 from tpcompile.capture import Captured, capture
 from tpcompile.errors import ShardingError, Where
@@ -36,7 +35,7 @@ from tpcompile.passes.axes import Use, axes, candidates, cuttable, divide_atoms,
 from tpcompile.passes.decompose import DECOMPOSITIONS
 from tpcompile.passes.place import needs_grad
 from tpcompile.program import Program, Structure, where
-from tpcompile.report import sizes_at
+from tpcompile.report import held, held_text, sizes_at
 from tpcompile.rules import RULES, op_name
 from tpcompile.sentence import Sentence
 from tpcompile.spec import Claim, Line, Pattern, Spec, resolve
@@ -442,13 +441,7 @@ def _head(program: Program, root: str) -> tuple[str, ...]:
         version = " " + importlib.metadata.version("tpcompile")
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    total = held = 0
-    for name, parameter in program.captured.parameters.items():
-        dims = program.parameters.get(name)
-        local = parameter.numel() if dims is None else math.prod(shards.shape(dims, program.mesh, 0))
-        total += parameter.numel() * parameter.element_size()
-        held += local * parameter.element_size()
-    ranks = f"{program.degree} ranks; the first holds {held / max(total, 1):.0%} of the parameters"
+    ranks = f"{program.degree} ranks; {held_text(held(program))}"
     return (f"Planned by tpcompile{version} for {root} on {ranks}.",)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import sympy
 import torch
 import torch.fx
 
-from tpcompile import collectives
+from tpcompile import collectives, shards
 from tpcompile.per_rank import PerRank, resolve
 from tpcompile.program import Program, where
 from tpcompile.rules import op_name
@@ -133,6 +134,26 @@ def sizes_at(program: Program, inputs: Sequence[torch.Tensor]) -> Mapping[sympy.
 def collectives_of(program: Program, sizes: Mapping[sympy.Symbol, int]) -> tuple[Collective, ...]:
     """Every collective of an emitted program, in program order, at the given input sizes."""
     return tuple(c for node in program.graph.nodes for c in _messages(program, node, sizes))
+
+
+def held(program: Program) -> tuple[float, ...]:
+    """Per rank, the share of the model's parameter bytes that it holds: unlike where a cut is uneven."""
+    total, mine = 0, [0] * program.mesh.degree
+    for name, parameter in program.captured.parameters.items():
+        dims = program.parameters.get(name)
+        total += parameter.numel() * parameter.element_size()
+        for rank in range(program.mesh.degree):
+            numel = parameter.numel() if dims is None else math.prod(shards.shape(dims, program.mesh, rank))
+            mine[rank] += numel * parameter.element_size()
+    return tuple(n / max(total, 1) for n in mine)
+
+
+def held_text(shares: Sequence[float]) -> str:
+    """``57% on each rank``, or the extremes of an uneven cut."""
+    most, least = max(shares), min(shares)
+    if most - least < 0.005:
+        return f"{most:.0%} of the bytes on each rank"
+    return f"{most:.0%} of the bytes on the fullest rank, {least:.0%} on the emptiest"
 
 
 def _messages(program: Program, node: torch.fx.Node, sizes: Mapping[sympy.Symbol, int]) -> Iterator[Collective]:
