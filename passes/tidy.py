@@ -51,6 +51,8 @@ def _other_dtype(match: Match) -> str | None:
 
 def _no_bias(match: Match) -> str | None:
     """Whether ``b`` cannot be the bias of the product whose result, in the root's last dim, it is added to."""
+    if not isinstance(match["b"], torch.fx.Node):
+        return "b is a number"
     b, out = match["b"].meta["val"], match.root.meta["val"]
     if _exact(b.shape) != _exact(out.shape[-1:]):
         return f"b is {list(b.shape)}, not one number for each of the {out.shape[-1]} columns"

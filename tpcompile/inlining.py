@@ -126,7 +126,7 @@ class Inliner:
             if spec.kind is not InputKind.USER_INPUT:
                 env[node] = self._attribute(str(spec.target), node)
         outputs = iter(self._copy(program.graph_module, env, self.regime))
-        leaves = [next(outputs) if leaf is TRACED else leaf for leaf in self.trace.outputs]
+        leaves = [self._with_gradients(next(outputs)) if leaf is TRACED else leaf for leaf in self.trace.outputs]
         self.graph.output(tuple(leaves)).meta.update(val=None, module="", modules=(), source=None)
         drop_dead(self.graph)
         self._refuse_data_dependence()
