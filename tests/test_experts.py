@@ -30,15 +30,16 @@ ALONG = {
 
 
 def mixture(name: str) -> nn.Module:
+    configs: Any = transformers
     match name:
         case "mixtral":
-            config: Any = transformers.MixtralConfig(**SIZES, num_local_experts=5)
+            config = configs.MixtralConfig(**SIZES, num_local_experts=5)
         case "qwen3":
-            config = transformers.Qwen3MoeConfig(
+            config = configs.Qwen3MoeConfig(
                 **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=8
             )
         case _:
-            config = transformers.GptOssConfig(
+            config = configs.GptOssConfig(
                 **SIZES, num_local_experts=4, head_dim=8, layer_types=["full_attention"], pad_token_id=0
             )
     return models.build(config)

@@ -17,6 +17,7 @@ from tpcompile.layout import (
     LayoutError,
     Leaf,
     Mesh,
+    Owned,
     Product,
     axes_of,
     balanced,
@@ -54,6 +55,8 @@ def conditions(layout: Layout, mesh: Mesh) -> list[Condition]:
             return [{a: c for part in parts for a, c in part.items()} for parts in every]
         case Concat(parts):
             return [c for p in parts for c in conditions(p, mesh)]
+        case Owned():
+            raise AssertionError("only the data know its positions")
 
 
 def held(found: Sequence[Condition], mesh: Mesh, rank: int) -> list[int]:
@@ -135,6 +138,8 @@ def _leaf_sizes(layout: Layout) -> list[int]:
             return [n]
         case Product(inner) | Concat(inner):
             return [n for x in inner for n in _leaf_sizes(x)]
+        case Owned(n, _, _):
+            return [n]
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
@@ -180,6 +185,23 @@ def _is_canonical(layout: Layout) -> bool:
     )
 
 
+def test_rows_that_only_the_data_know_are_never_listed() -> None:
+    mesh, rows = Mesh((2,)), Owned(6, Leaf(4, (0,)), "ends")
+    assert (size(rows), axes_of(rows), local_size(rows, mesh, 1)) == (6, frozenset({0}), 6), "all rows are stored"
+    assert drop(rows, [0]) == Leaf(6)
+    assert same(rows, Owned(6, Leaf(4, (0,)), "ends"), mesh)
+    assert not same(rows, Owned(6, Leaf(4, (0,)), "other ends"), mesh)
+    assert not same(rows, Leaf(6, (0,)), mesh)
+    assert regroup([rows, Leaf(2)], [6, 2], mesh) == (rows, Leaf(2))
+    for refused in (
+        lambda: runs(rows, mesh.sizes, (0,)),
+        lambda: regroup([rows], [3, 2], mesh),
+        lambda: split(rows, [2, 4]),
+    ):
+        with pytest.raises(LayoutError):
+            refused()
+
+
 def test_equal_segments_are_a_product() -> None:
     heads = Product((Leaf(4, (0,)), Leaf(8)))
     assert concat([heads, heads, heads]) == Product((Leaf(3), Leaf(4, (0,)), Leaf(8)))
@@ -208,6 +230,8 @@ def _leaf_axes(layout: Layout) -> list[tuple[int, ...]]:
             return [axes]
         case Product(inner) | Concat(inner):
             return [a for x in inner for a in _leaf_axes(x)]
+        case Owned():
+            raise AssertionError("only the data know its positions")
 
 
 # ---------------------------------------------------------------------------------------------- comparing
