@@ -13,6 +13,7 @@ from tpcompile.passes.functionalize import functionalize
 from tpcompile.passes.in_place import in_place
 from tpcompile.passes.parameter_copies import parameter_copies
 from tpcompile.passes.place import place
+from tpcompile.passes.sequence_parallel import sequence_parallel
 from tpcompile.passes.structure import structure
 from tpcompile.passes.tidy import tidy
 from tpcompile.program import Pass
@@ -25,6 +26,7 @@ PIPELINE: tuple[Pass, ...] = (
     decompose,  # norms, softmax and losses along a cut axis, as statistics
     place,  # a state per value and mesh axis
     forward_all_reduces,  # partial sums that meet are reduced once
+    sequence_parallel,  # if asked: between the cut blocks positions are spread over the ranks
     backward_all_reduces,  # a minimum cut decides where f stands
     constants,  # what would be made whole and then cut is made cut
     emit,  # one rank's code

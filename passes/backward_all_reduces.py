@@ -16,7 +16,7 @@ import networkx as nx
 import torch
 import torch.fx
 
-from tpcompile.passes.place import needs_grad, place
+from tpcompile.passes.place import is_spread, needs_grad, place
 from tpcompile.placement import Placement
 from tpcompile.program import Program
 
@@ -47,6 +47,9 @@ def _behind(program: Program, axis: int, grads: frozenset[str]) -> set[str]:
         row = program.table.get(node.name)
         if row is None or node.name not in grads or not isinstance(node.meta["val"], torch.Tensor):
             continue  # (of an op with several results each is a value of its own)
+        if is_spread(row.settled[0]):
+            _add_gathered(network, program, node, axis, free)
+            continue
         if row.settled[0].letters[axis] not in "RH":
             continue
         # the op that makes the value, and what it costs to put f behind it
@@ -69,6 +72,23 @@ def _behind(program: Program, axis: int, grads: frozenset[str]) -> set[str]:
     # from the sink's side: the partition closest to it is the latest minimum cut
     _, (late, _) = nx.minimum_cut(network.reverse(copy=False), SINK, SOURCE)
     return {name for name in late if isinstance(name, str) and name in free}
+
+
+def _add_gathered(network: Any, program: Program, node: torch.fx.Node, axis: int, free: set[str]) -> None:
+    """A spread value that some users read whole. One gather serves them all if they agree: complete, with nothing to
+    do in backward, or partial, with a reduce-scatter; users that differ cost another gather."""
+    wanted, cost = ("value", node.name), _cost(program, node) // 2
+    complete = cost
+    for user in node.users:
+        for letter in _wanted_by(program, user, node, axis):
+            if user.name in free and letter in "RH":
+                network.add_edge(wanted, user.name)
+                network.add_edge(user.name, wanted, capacity=cost)
+            elif letter == "H":
+                network.add_edge(wanted, SINK)
+            elif letter in "RP":
+                complete += cost
+    network.add_edge(SOURCE, wanted, capacity=complete)
 
 
 def _is_free(program: Program, node: torch.fx.Node, axis: int, grads: frozenset[str]) -> bool:

@@ -22,6 +22,7 @@ from tpcompile.layout import (
     LayoutError,
     Owned,
     Product,
+    Spread,
     axes_of,
     drop,
     local_size,
@@ -58,6 +59,7 @@ class _Emitter:
         self.grads = needs_grad(program)
         self.env: dict[torch.fx.Node, torch.fx.Node] = {}
         self.made: dict[tuple[torch.fx.Node, Placement], torch.fx.Node] = {}
+        self.lengths: dict[Any, torch.fx.Node] = {}  # of dims whose size is known only when the program runs
         self.unlike: set[torch.fx.Node] = set()  # "the same on all ranks" but for rounding
 
     def run(self) -> Program:
@@ -95,7 +97,7 @@ class _Emitter:
             return self._call(node, node.target, args, kwargs)
         local = LocalCall(
             call, rule.sentence(call), row.operands, row.results, self.mesh, self.graph, args, kwargs, node.target,
-            tuple(self.program.captured.hints.values()),
+            tuple(self.program.captured.hints.values()), self._whole_length,
         )  # fmt: skip
         try:
             if rule.kernel is not None and (made := rule.kernel(local)) is not None:
@@ -147,6 +149,9 @@ class _Emitter:
         layout = self.program.table[source.name].settled[0].dims[dim]  # type: ignore[union-attr, index]
         if not axes_of(layout):
             return made
+        if isinstance(layout, Spread):
+            self.graph.erase_node(made)
+            return self._whole_length(source, dim)  # type: ignore[arg-type]
         mine = [local_size(layout, self.mesh, r) for r in range(self.mesh.degree)]
         whole = size(layout)
         common = [int(np.gcd(n, whole)) for n in mine]
@@ -154,6 +159,29 @@ class _Emitter:
             operator.floordiv, (made, per_rank([n // c for n, c in zip(mine, common, strict=True)]))
         )
         return self.graph.call_function(operator.mul, (unit, per_rank([whole // c for c in common])))
+
+    def _whole_length(self, value: torch.fx.Node, dim: int) -> Any:
+        """The whole length of a dim: a number, or that of a value with the same dim of which nothing is cut."""
+        length = value.meta["val"].shape[dim]
+        if isinstance(length, int):
+            return length
+        expression = length.node.expr
+        if expression in self.lengths:
+            return self.lengths[expression]
+        for source, made in self.env.items():
+            found = source.meta.get("val")
+            if isinstance(found, torch.SymInt) and found.node.expr == expression:
+                return self.lengths.setdefault(expression, made)
+        for source, made in self.env.items():
+            found, row = source.meta.get("val"), self.program.table.get(source.name)
+            if not isinstance(found, torch.Tensor) or row is None or source.name not in self.program.table:
+                continue
+            for d, n in enumerate(found.shape):
+                if isinstance(n, torch.SymInt) and n.node.expr == expression and not axes_of(row.settled[0].dims[d]):
+                    size_of = self.graph.call_function(torch.ops.aten.sym_size.int, (made, d))
+                    size_of.meta = {"val": n, "origin": ""}
+                    return self.lengths.setdefault(expression, size_of)
+        raise LayoutError(f"the length {expression} is known only when the program runs")
 
     def _describe(self, node: torch.fx.Node, before: torch.fx.Node | None) -> None:
         """Give every node made for ``node`` its metadata, and the last of them its placement."""
@@ -269,6 +297,9 @@ class _Emitter:
         for dim, over in by_dim([a for a in axes("P", "S") if a in alone], want.dims):
             go(over, "S", _with_dim(current.dims, dim, _only(want.dims[dim], axes_of(current.dims[dim]) | set(over))))
         go([*axes("P", "R"), *axes("P", "H"), *axes("P", "S")], "R")
+        for dim, layout in enumerate(current.dims):  # what several axes cut as one is gathered over all of them
+            if isinstance(layout, Spread) and len({want.letters[a] for a in layout.axes}) > 1:
+                go(layout.axes, "R", _with_dim(current.dims, dim, drop(layout, layout.axes)))
         for target in "RH":
             for dim, over in by_dim(axes("S", target), current.dims):
                 go(over, target, _with_dim(current.dims, dim, drop(current.dims[dim], over)))
@@ -358,6 +389,8 @@ class _Emitter:
         group = self.mesh.group_name(axes)
         if isinstance(node.meta["val"].shape[dim], int):
             return self.graph.call_function(function, (x, dim, self._parts(cut, whole, axes), group))
+        if isinstance(cut, Spread):
+            return self.graph.call_function(function, (x, dim, self._whole_length(node, dim), group))
         factors = cut.factors if isinstance(cut, Product) else (cut,)
         moved = [i for i, f in enumerate(factors) if axes_of(f) & set(axes)]
         first, last = moved[0], moved[-1] + 1

@@ -24,7 +24,7 @@ def forward_all_reduces(program: Program) -> Program:
     for node in program.graph.nodes:
         row = program.table.get(node.name)
         if row is not None and len(row.results) == 1 and row.results[0] != row.settled[0]:
-            paths.append(_path(program, node, row))
+            paths.append(path_of(program, node, row))
     keep: set[str] = set()
     on_path: dict[torch.fx.Node, list[int]] = {}
     for index, path in enumerate(paths):
@@ -43,7 +43,7 @@ def forward_all_reduces(program: Program) -> Program:
     return place(program.with_(keep=frozenset(keep))) if keep else program
 
 
-def _path(program: Program, start: torch.fx.Node, row: Row) -> list[torch.fx.Node]:
+def path_of(program: Program, start: torch.fx.Node, row: Row) -> list[torch.fx.Node]:
     """``start`` and the single-use ops after it that its partial sum could pass."""
     partial = {a for a, x in enumerate(row.results[0].letters) if x == "P"}
     path = [start]
@@ -77,4 +77,4 @@ def _path(program: Program, start: torch.fx.Node, row: Row) -> list[torch.fx.Nod
     return path
 
 
-__all__ = ["forward_all_reduces"]
+__all__ = ["forward_all_reduces", "path_of"]

@@ -7,6 +7,7 @@ unless the op's parameter is claimed ``replicate``; only the model's own outputs
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch.fx
 
 from tpcompile.aliasing import Holders, aliases, holders, is_inplace
 from tpcompile.errors import ShardingError
-from tpcompile.layout import Owned, axes_of
+from tpcompile.layout import Mesh, Owned, Spread, axes_of, size
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
 from tpcompile.program import Program, Row, where
-from tpcompile.rules import ROW_BY_ROW, RULES, how_to_add, op_name
+from tpcompile.rules import ANY_LENGTH, MATRIX_PRODUCTS, ROW_BY_ROW, RULES, how_to_add, op_name
+from tpcompile.sentence import Call
+from tpcompile.structure import find
 
 
 def place(program: Program) -> Program:
@@ -47,7 +50,7 @@ def place(program: Program) -> Program:
                 row, index = table[source.name], node.args[1]
                 table[node.name] = Row((), (row.results[index],), (row.settled[index],), row.reason)
         elif node.op == "call_function" and isinstance(value, (torch.Tensor, tuple, list)):
-            table[node.name] = _settle(program, node, _solve(program, node, table), grads)
+            table[node.name] = _settle(program, node, _solve(program, node, table), grads, node.name not in shared)
         elif node.op == "call_function" and not _is_scalar_op(node):
             _refuse_cut_inputs(node, table)
     return program.with_(table=table)
@@ -125,11 +128,53 @@ def _no_rule(node: torch.fx.Node) -> ShardingError:
 
 
 def _solve(program: Program, node: torch.fx.Node, table: dict[str, Row]) -> Solution:
+    """Placement of one op. Spread operands stay spread if the op can run on a part of the positions; else they are
+    gathered."""
     call = program.call(node)
     ins = [table[x.name].settled[0] for x in call.operands]
+    spread = [i for i, p in enumerate(ins) if is_spread(p)]
+    if not spread:
+        return _solve_call(program, node, call, ins)
+    rule = RULES.get(op_name(node))
+    if rule is not None:
+        multiplies = len(ins) > 1 and op_name(node) in MATRIX_PRODUCTS
+        read_whole = {i for i in spread if multiplies and call.operands[i].name in program.gathered}
+        with contextlib.suppress(ShardingError):
+            found = _solve_call(
+                program, node, call, [gathered(p, program.mesh) if i in read_whole else p for i, p in enumerate(ins)]
+            )
+            if runs_spread(program, node, found):
+                return found
+    return _solve_call(program, node, call, [gathered(p, program.mesh) for p in ins])
+
+
+def is_spread(placed: Placement) -> bool:
+    """Whether a value's positions are spread over the ranks (sequence parallelism)."""
+    return any(isinstance(d, Spread) for d in placed.dims)
+
+
+def gathered(placed: Placement, mesh: Mesh) -> Placement:
+    """The same with spread positions made whole."""
+    return uncut([size(d) for d in placed.dims], mesh) if is_spread(placed) else placed
+
+
+def runs_spread(program: Program, node: torch.fx.Node, found: Solution) -> bool:
+    """Whether spread positions are all that is cut, they stay one dim or are summed, and every argument that becomes
+    local can be computed when the length is known only at run time."""
+    cut = [d for p in (*found.operands, *found.results) for d in p.dims if axes_of(d)]
+    if not all(isinstance(d, Spread) for d in cut):
+        return False
+    rule = RULES[op_name(node)]
+    fixed = not any(size(d) % hint == 0 for d in cut for hint in program.captured.hints.values())
+    if fixed or (rule.kernel is None and rule.localize is None):
+        return True
+    return op_name(node) in ANY_LENGTH and all(is_spread(p) for p in found.results)
+
+
+def _solve_call(program: Program, node: torch.fx.Node, call: Call, ins: list[Placement]) -> Solution:
     early = frozenset(a for name, a in program.early if name == node.name)
     if any(x.op == "get_attr" and x.target in program.whole for x in call.operands) and any(
-        set(p.letters) - {"R", "H"} for p in ins
+        set(p.letters) - {"R", "H"} for p in ins if not is_spread(p)
     ):
         # `replicate`: the op runs whole, its cut operands are gathered
         whole = tuple(uncut(s, program.mesh) for s in call.shapes)
@@ -183,15 +228,37 @@ def _blocked(program: Program, node: torch.fx.Node, error: PlacementError) -> Sh
     )
 
 
-def _settle(program: Program, node: torch.fx.Node, solution: Solution, grads: frozenset[str]) -> Row:
-    """All-reduce partial sums at once unless they are kept; without a gradient H and R are the same."""
+def _settle(
+    program: Program, node: torch.fx.Node, solution: Solution, grads: frozenset[str], may_spread: bool = True
+) -> Row:
+    """All-reduce partial sums at once unless they are kept, or reduce-scatter them along a stream of positions; without
+    a gradient H and R are the same."""
     results = solution.results
     if node.name not in grads:
         results = tuple(p.with_letters(["R" if x == "H" else x for x in p.letters]) for p in results)
     settled = results
     if node.name not in program.keep:
-        settled = tuple(p.with_letters(["R" if x == "P" else x for x in p.letters]) for p in results)
+        settled = tuple(_reduced(program, node, i, p, may_spread) for i, p in enumerate(results))
     return Row(solution.operands, results, settled, solution.reason)
 
 
-__all__ = ["needs_grad", "place"]
+def _reduced(program: Program, node: torch.fx.Node, index: int, placed: Placement, may_spread: bool) -> Placement:
+    """What becomes of a partial sum."""
+    dim = stream_dim(program, node, index) if may_spread and set(placed.letters) == {"P"} else None
+    if dim is None:
+        return placed.with_letters(["R" if x == "P" else x for x in placed.letters])
+    spread = Spread(size(placed.dims[dim]), program.mesh.axes)
+    return cut_as((*placed.dims[:dim], spread, *placed.dims[dim + 1 :]), program.mesh)
+
+
+def stream_dim(program: Program, node: torch.fx.Node, index: int = 0) -> int | None:
+    """The dim of a result that is a stream of positions to be spread over the ranks."""
+    if not program.streams or program.structure is None:
+        return None
+    terms = program.structure.values.get(node.name, ())
+    dims = terms[index] if index < len(terms) else ()
+    streams = {id(find(atom)) for atom in program.streams}
+    return next((d for d, term in enumerate(dims) if id(find(term)) in streams), None)
+
+
+__all__ = ["gathered", "is_spread", "needs_grad", "place", "runs_spread", "stream_dim"]

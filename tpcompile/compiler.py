@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from tpcompile.capture import Captured, capture
 from tpcompile.errors import ShardingError, SpecError
 from tpcompile.models import default_inputs
 from tpcompile.passes import PIPELINE
-from tpcompile.program import Pass, Program, Stage
+from tpcompile.program import Asked, Options, Pass, Program, Stage
 from tpcompile.report import sizes_at
 from tpcompile.spec import Spec, find_shipped, resolve, shipped
 
@@ -30,6 +30,7 @@ def rewrite(
     degree: int,
     example_inputs: Inputs = None,
     pipeline: Sequence[Pass] = PIPELINE,
+    **options: Unpack[Asked],
 ) -> Program:
     """The program that each of ``degree`` ranks runs in place of ``model``; no process group, no GPU.
 
@@ -40,6 +41,7 @@ def rewrite(
         degree: number of ranks.
         example_inputs: keyword arguments as a dict, or positional ones as a tuple; transformers models have
             defaults.
+        options: see :class:`tpcompile.program.Options`.
 
     Raises:
         SpecError: the spec does not parse, or does not fit the model.
@@ -52,7 +54,9 @@ def rewrite(
     start = time.perf_counter()
     captured = capture(model, args, kwargs)
     seconds = time.perf_counter() - start
-    return rewrite_captured(captured, chosen, model, degree, (args, kwargs), pipeline, seconds)
+    return rewrite_captured(
+        captured, chosen, model, degree, (args, kwargs), pipeline, seconds, Options(**options)
+    )
 
 
 def rewrite_captured(
@@ -63,6 +67,7 @@ def rewrite_captured(
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
     pipeline: Sequence[Pass] = PIPELINE,
     seconds: float = 0.0,
+    options: Options = Options(),
 ) -> Program:
     """The pipeline on a model that is captured already (which took ``seconds``); planned if there is no spec."""
     if spec is None:
@@ -72,7 +77,7 @@ def rewrite_captured(
     claims = resolve(
         spec, captured.module_classes, list(captured.parameters), captured.aliases, getattr(model, "config", None)
     )
-    program = Program(captured, captured.graph_module, degree, spec=spec, claims=claims)
+    program = Program(captured, captured.graph_module, degree, spec=spec, claims=claims, options=options)
     program = program.with_(sizes=sizes_at(program, captured.flatten(*inputs)))
     history = [Stage("capture", seconds, program)]
     for step in pipeline:

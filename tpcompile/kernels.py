@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-Runs = tuple[tuple[int, int], ...]
+from tpcompile import collectives
+from tpcompile.collectives import Runs
 
 
 def embedding_rows(weight: torch.Tensor, ids: torch.Tensor, held: Runs, padding_idx: int, total: int) -> torch.Tensor:
@@ -97,6 +98,11 @@ def take(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
     if len(runs) == 1:
         return x.narrow(dim, *runs[0])
     return torch.cat([x.narrow(dim, start, length) for start, length in runs or ((0, 0),)], dim)
+
+
+def balanced_part(length: int, member: int, members: int) -> Runs:
+    """What ``member`` of ``members`` holds of a balanced cut of ``length`` positions, as one run."""
+    return collectives.balanced(length, members)[member]
 
 
 def dropout_part(x: torch.Tensor, p: float, cuts: tuple[tuple[int, int, Runs], ...], order: list[int]) -> torch.Tensor:

@@ -35,6 +35,11 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class Spread(Leaf):
+    """A sequence cut because a value may be, not because a weight is: it is made whole wherever an op needs it whole."""
+
+
+@dataclass(frozen=True)
 class Product:
     """Row-major product of terms; build it with :func:`product`."""
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.fx
 
-from tpcompile.layout import Layout, LayoutError, Mesh, Product, Runs, axes_of, local_size, product, runs, size
+from tpcompile import kernels
+from tpcompile.layout import Layout, LayoutError, Mesh, Product, Runs, Spread, axes_of, local_size, product, runs, size
 from tpcompile.per_rank import PerRank
 from tpcompile.placement import Placement
 from tpcompile.sentence import Call, Sentence
@@ -20,6 +22,10 @@ from tpcompile.sentence import Call, Sentence
 def per_rank(values: list[Any]) -> Any:
     """The value itself where all ranks agree, else a :class:`PerRank`."""
     return values[0] if all(v == values[0] for v in values) else PerRank(tuple(values))
+
+
+def _unknown(value: torch.fx.Node, dim: int) -> Any:
+    raise LayoutError(f"the length of dim {dim} of {value} is known only when the program runs")
 
 
 @dataclass
@@ -36,6 +42,7 @@ class LocalCall:
     kwargs: dict[str, Any]
     target: Any
     hints: tuple[int, ...] = ()  # factors of the sizes that are known only when the program runs
+    whole_length: Callable[[torch.fx.Node, int], Any] = field(default=_unknown)  # of a dim of a value of the old graph
 
     def _index(self, name: str) -> int:
         arguments = self.target._schema.arguments
@@ -79,12 +86,20 @@ class LocalCall:
             return value
         if isinstance(value, int):
             return self.length(layout)
+        if isinstance(layout, Spread):
+            return self.part_of(value)
         locals_ = [local_size(layout, self.mesh, r) for r in self.ranks()]
         shares = [Fraction(n, size(layout)) for n in locals_]
         whole = math.lcm(*(s.denominator for s in shares))
         unit = self.graph.call_function(operator.floordiv, (value, whole))
         times = per_rank([int(s * whole) for s in shares])
         return unit if times == 1 else self.graph.call_function(operator.mul, (unit, times))
+
+    def part_of(self, length: Any) -> Any:
+        """How many of ``length`` positions, known only when the program runs, a rank holds of a balanced cut."""
+        ranks = self.mesh.degree
+        rounded = self.graph.call_function(operator.add, (length, per_rank([ranks - 1 - r for r in self.ranks()])))
+        return self.graph.call_function(operator.floordiv, (rounded, ranks))
 
     def _fixed(self, layout: Layout) -> Layout:
         """The layout, if its size is known now.
@@ -128,6 +143,7 @@ class LocalCall:
         for label, layout in zip(self.sentence.operands[0], self.operands[0].dims, strict=True):
             if label is not None and label not in kept and axes_of(layout):
                 found = True
+                layout = self._fixed(layout) if isinstance(layout, Spread) else layout
                 for r in self.ranks():
                     shares[r] *= Fraction(local_size(layout, self.mesh, r), size(layout))
         return per_rank([float(s) for s in shares]) if found else None
@@ -139,7 +155,12 @@ class LocalCall:
         """
         found: list[tuple[int, int, Any]] = []
         for dim, layout in enumerate(self.operands[operand].dims):
-            if axes_of(layout):
+            length = self.call.operands[operand].meta["val"].shape[dim]
+            if isinstance(layout, Spread) and not isinstance(length, int):
+                whole = self.whole_length(self.call.operands[operand], dim)
+                seats = (whole, per_rank(list(self.ranks())), self.mesh.degree)
+                found.append((dim, whole, self.graph.call_function(kernels.balanced_part, seats)))
+            elif axes_of(layout):
                 factors = layout.factors if isinstance(layout, Product) else (layout,)
                 first = next(i for i, f in enumerate(factors) if axes_of(f))
                 lead = product(factors[:first])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import sympy
 import torch
@@ -70,6 +70,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Options:
+    """What a compile asks for beyond the cuts.
+
+    Attributes:
+        sequence_parallel: norms, dropout and residuals run on a part of the positions (Korthikanti et al. 2022).
+    """
+
+    sequence_parallel: bool = False
+
+
+class Asked(TypedDict, total=False):
+    """:class:`Options` as keyword arguments of ``compile``, ``rewrite`` and ``verify``."""
+
+    sequence_parallel: bool
+
+
+@dataclass(frozen=True)
 class Stage:
     """What one pass left behind, and how long it took."""
 
@@ -94,6 +111,9 @@ class Program:
     whole: frozenset[str] = frozenset()  # parameters that a `replicate` line keeps whole
     keep: frozenset[str] = frozenset()  # nodes whose partial sums travel on
     early: frozenset[tuple[str, int]] = frozenset()  # (node, mesh axis) that run behind f
+    options: Options = field(default_factory=Options)
+    streams: tuple[Atom, ...] = ()  # index spaces of positions that are spread over the ranks between the cut blocks
+    gathered: frozenset[str] = frozenset()  # spread values that products read whole
     table: Mapping[str, Row] = field(default_factory=dict[str, Row])
     emitted: bool = False
     sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict[sympy.Symbol, int])  # at the example inputs
@@ -178,4 +198,4 @@ def where(node: torch.fx.Node) -> Where:
     return replace(base, module=node.meta.get("module") or None, op=op_name(node))
 
 
-__all__ = ["Cut", "Pass", "Pin", "Program", "Row", "Structure", "copy_graph", "where"]
+__all__ = ["Asked", "Cut", "Options", "Pass", "Pin", "Program", "Row", "Structure", "copy_graph", "where"]
