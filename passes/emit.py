@@ -300,9 +300,9 @@ class _Emitter:
         for dim, layout in enumerate(current.dims):  # what several axes cut as one is gathered over all of them
             if isinstance(layout, Spread) and len({want.letters[a] for a in layout.axes}) > 1:
                 go(layout.axes, "R", _with_dim(current.dims, dim, drop(layout, layout.axes)))
-        for target in "RH":
+        for target in "RHP":
             for dim, over in by_dim(axes("S", target), current.dims):
-                go(over, target, _with_dim(current.dims, dim, drop(current.dims[dim], over)))
+                go(over, "R" if target == "P" else target, _with_dim(current.dims, dim, drop(current.dims[dim], over)))
         go(axes("H", "R") + axes("H", "P"), "R")
         behind = set(axes("R", "H")) | (mixed if node.name in self.grads else set())
         for over in new:  # an f that exists already makes the cut free

@@ -19,9 +19,9 @@ from tpcompile.errors import ShardingError
 from tpcompile.layout import Mesh, Owned, Spread, axes_of, size
 from tpcompile.placement import Placement, PlacementError, Solution, cut_as, solve, uncut
 from tpcompile.program import Program, Row, where
-from tpcompile.rules import ANY_LENGTH, MATRIX_PRODUCTS, ROW_BY_ROW, RULES, how_to_add, op_name
+from tpcompile.rules import ANY_LENGTH, ROW_BY_ROW, RULES, how_to_add, op_name
 from tpcompile.sentence import Call
-from tpcompile.structure import find
+from tpcompile.structure import same_space
 
 
 def place(program: Program) -> Program:
@@ -132,17 +132,11 @@ def _solve(program: Program, node: torch.fx.Node, table: dict[str, Row]) -> Solu
     gathered."""
     call = program.call(node)
     ins = [table[x.name].settled[0] for x in call.operands]
-    spread = [i for i, p in enumerate(ins) if is_spread(p)]
-    if not spread:
+    if not any(map(is_spread, ins)):
         return _solve_call(program, node, call, ins)
-    rule = RULES.get(op_name(node))
-    if rule is not None:
-        multiplies = len(ins) > 1 and op_name(node) in MATRIX_PRODUCTS
-        read_whole = {i for i in spread if multiplies and call.operands[i].name in program.gathered}
+    if op_name(node) in RULES and node.name not in program.whole_ops:
         with contextlib.suppress(ShardingError):
-            found = _solve_call(
-                program, node, call, [gathered(p, program.mesh) if i in read_whole else p for i, p in enumerate(ins)]
-            )
+            found = _solve_call(program, node, call, ins)
             if runs_spread(program, node, found):
                 return found
     return _solve_call(program, node, call, [gathered(p, program.mesh) for p in ins])
@@ -257,8 +251,7 @@ def stream_dim(program: Program, node: torch.fx.Node, index: int = 0) -> int | N
         return None
     terms = program.structure.values.get(node.name, ())
     dims = terms[index] if index < len(terms) else ()
-    streams = {id(find(atom)) for atom in program.streams}
-    return next((d for d, term in enumerate(dims) if id(find(term)) in streams), None)
+    return next((d for d, term in enumerate(dims) if any(same_space(term, s) for s in program.streams)), None)
 
 
 __all__ = ["gathered", "is_spread", "needs_grad", "place", "runs_spread", "stream_dim"]

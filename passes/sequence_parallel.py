@@ -8,15 +8,22 @@ partial sums that placement settles are settled another way, and what needs all 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
+from typing import Any
 
+import networkx as nx
 import torch.fx
 
 from tpcompile.errors import ShardingError
 from tpcompile.passes.forward_all_reduces import path_of
-from tpcompile.passes.place import gathered, is_spread, place, stream_dim
+from tpcompile.passes.place import is_spread, place, stream_dim
 from tpcompile.program import Program
-from tpcompile.rules import MATRIX_PRODUCTS, RULES, op_name
-from tpcompile.structure import Atom, find
+from tpcompile.rules import RULES, op_name
+from tpcompile.structure import Prod, Term, find, same_space, size
+
+
+SPREAD, WHOLE = "spread", "whole"
 
 
 def sequence_parallel(program: Program) -> Program:
@@ -48,78 +55,87 @@ def sequence_parallel(program: Program) -> Program:
         reach = next((i for i, node in enumerate(path) if stream_dim(program, node) is not None), 0)
         keep |= {node.name for node in path[:reach]}
     program = place(program.with_(keep=frozenset(keep)))
-    whole = _read_whole(program)
-    return place(program.with_(gathered=frozenset(whole))) if whole else program
+    whole = _run_whole(program)
+    return place(program.with_(whole_ops=frozenset(whole))) if whole else program
 
 
 def _named(program: Program) -> set[str]:
     return {claim.module for claim in program.claims if claim.word == "sequence"}
 
 
-def _streams(program: Program, paths: list[list[torch.fx.Node]]) -> tuple[Atom, ...]:
-    """One atom per stream: the positions that attention runs over, else the dim before the last."""
+def _streams(program: Program, paths: list[list[torch.fx.Node]]) -> tuple[Term, ...]:
+    """One term per stream: the positions that attention runs over, else the dim before the last."""
     assert program.structure is not None
     values = program.structure.values
-    named = _named(program)
-    allowed: set[int] = set()
-    attended: set[int] = set()
+    named, attended = _named(program), list[Term]()
+    allowed: list[Term] | None = [] if named else None
     for node in program.graph.nodes:
         terms = values.get(node.name)
-        if terms and node.meta.get("module") in named:
-            allowed |= {id(find(t)) for t in terms[0]}
-        rule = RULES.get(op_name(node)) if node.op == "call_function" else None
-        if rule is not None and terms and ("softmax" in op_name(node) or "attention" in op_name(node)):
-            sentence = rule.sentence(program.call(node))
-            for labels, operand in zip(sentence.operands, program.call(node).operands, strict=True):
-                dims = values.get(operand.name, ((),))[0]
-                attended |= {id(find(t)) for x, t in zip(labels, dims, strict=False) if x in sentence.whole}
-    found: dict[int, Atom] = {}
+        if allowed is not None and terms and node.meta.get("module") in named:
+            allowed += terms[0]
+        if node.op == "call_function" and terms and ("softmax" in op_name(node) or "attention" in op_name(node)):
+            call = program.call(node)
+            sentence = RULES[op_name(node)].sentence(call)
+            for labels, operand in zip(sentence.operands, call.operands, strict=True):
+                attended += [t for x, t in zip(labels, values[operand.name][0], strict=True) if x in sentence.whole]
+    found: list[Term] = []
     for path in paths:
         for node in path:
-            terms = values.get(node.name, ((),))[0]
-            if not node.meta["val"].is_floating_point():
-                continue
-            leading = [(d, find(t)) for d, t in enumerate(terms[:-1])]
-            fitting = [(d, t) for d, t in leading if isinstance(t, Atom) and t.size >= max(2, program.degree)]
-            if named:
-                fitting = [(d, t) for d, t in fitting if id(t) in allowed]
-            seen = [t for _, t in fitting if id(t) in attended]
-            chosen = seen or [t for d, t in fitting if len(terms) > 2 and d == len(terms) - 2]
+            dims = values.get(node.name, ((),))[0]
+            fitting = [t for t in dims[:-1] if _fits(program, t) and (allowed is None or _among(t, allowed))]
+            seen = [t for t in fitting if _among(t, attended)]
+            chosen = seen or [t for t in fitting if len(dims) > 2 and t is dims[-2]]
             if chosen:
-                found.setdefault(id(chosen[-1]), chosen[-1])
+                found += [t for t in chosen[-1:] if not _among(t, found)]
                 break
-    return tuple(found.values())
+    return tuple(found)
 
 
-def _read_whole(program: Program) -> set[str]:
-    """Spread values that products shall read whole: those that are gathered for some op anyway, and those from which a
-    larger value is made that would be gathered (a whole head's logits)."""
-    found: set[str] = set()
+def _fits(program: Program, term: Term) -> bool:
+    """Whether the dim is positions and nothing else, with a place for every rank."""
+    return not isinstance(find(term), Prod) and size(term) >= max(2, program.degree)
+
+
+def _among(term: Term, terms: Sequence[Term]) -> bool:
+    return any(same_space(term, other) for other in terms)
+
+
+def _run_whole(program: Program) -> set[str]:
+    """Ops that shall run on all positions although a part would do: a minimum cut.
+
+    Going from spread to whole costs the bytes of a value, once for all its users; and so does going back. One gather
+    then serves two norms of one residual (GPT-NeoX), a whole k of multi-query attention is made of what q gathers
+    anyway, and no whole head's logits are gathered instead of what they are made of. Among equal cuts the latest is
+    taken.
+    """
+    network: Any = nx.DiGraph()
+    network.add_nodes_from((SPREAD, WHOLE))
+    free: set[str] = set()
     for node in program.graph.nodes:
         row = program.table.get(node.name)
-        if row is None or not row.operands:
+        if row is None or node.target is operator.getitem or not any(map(is_spread, row.operands)):
             continue
-        for x, want in zip(program.call(node).operands, row.operands, strict=True):
-            have = program.table[x.name].settled[0]
-            if is_spread(have) and not is_spread(want):
-                found.add(_smallest(program, x).name)
-    return found
-
-
-def _smallest(program: Program, value: torch.fx.Node) -> torch.fx.Node:
-    """The smallest spread value on the way back from ``value`` to the first op with several of them."""
-    best, at = value, value
-    while at.op == "call_function" and at.name in program.table:
-        row = program.table[at.name]
-        operands = program.call(at).operands
-        spread = [x for x, placed in zip(operands, row.operands, strict=True) if is_spread(placed)]
-        if len(set(spread)) != 1 or gathered(row.operands[operands.index(spread[0])], program.mesh) == row.operands:
-            break
-        at = spread[0]
-        product = any(op_name(user) in MATRIX_PRODUCTS for user in at.users)
-        if product and math.prod(program.shape(at)) < math.prod(program.shape(best)):
-            best = at
-    return best
+        free.add(node.name)
+        for x in program.call(node).operands:
+            if "P" in program.table[x.name].settled[0].letters:  # summed here: an all-reduce instead of a reduce-scatter
+                network.add_edge(SPREAD, node.name, capacity=math.prod(program.shape(x)))
+    for node in program.graph.nodes:
+        row = program.table.get(node.name)
+        if row is None or not any(map(is_spread, row.settled)):
+            continue
+        maker = str(node.args[0]) if node.target is operator.getitem else node.name
+        gate, cost = ("value", node.name), math.prod(program.shape(node)) if len(row.settled) == 1 else 0
+        network.add_edge(maker if maker in free else SPREAD, gate, capacity=cost)
+        for user in node.users:
+            using = program.table.get(user.name)
+            if user.name in free:
+                network.add_edge(gate, user.name)
+                if maker in free:
+                    network.add_edge(user.name, maker, capacity=cost)
+            elif using is None or using.operands:  # the output, or an op that cannot run on a part
+                network.add_edge(gate, WHOLE)
+    _, (_, whole) = nx.minimum_cut(network, SPREAD, WHOLE)  # the smaller of the sinks' sides: the latest cut
+    return {name for name in whole if name in free}
 
 
 __all__ = ["sequence_parallel"]

@@ -112,8 +112,8 @@ class Program:
     keep: frozenset[str] = frozenset()  # nodes whose partial sums travel on
     early: frozenset[tuple[str, int]] = frozenset()  # (node, mesh axis) that run behind f
     options: Options = field(default_factory=Options)
-    streams: tuple[Atom, ...] = ()  # index spaces of positions that are spread over the ranks between the cut blocks
-    gathered: frozenset[str] = frozenset()  # spread values that products read whole
+    streams: tuple[Term, ...] = ()  # index spaces of positions that are spread over the ranks between the cut blocks
+    whole_ops: frozenset[str] = frozenset()  # nodes that gather spread operands although they could do without
     table: Mapping[str, Row] = field(default_factory=dict[str, Row])
     emitted: bool = False
     sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict[sympy.Symbol, int])  # at the example inputs

@@ -1090,11 +1090,6 @@ ROW_BY_ROW = frozenset(
 """Ops that rows of which only the data know who holds them may pass: finite, with finite derivatives, on rows of zeros,
 and without a sum over rows in their backward."""
 
-MATRIX_PRODUCTS = frozenset(
-    f"aten.{n}.default" for n in _names("linear mm bmm mv matmul einsum inner tensordot _grouped_mm")
-) | {"transformers.grouped_mm_fallback.default"}
-"""Products in which a value meets a weight."""
-
 ANY_LENGTH = frozenset(
     f"aten.{name}"
     for name in _names("""view.default _unsafe_view.default reshape.default expand.default broadcast_to.default

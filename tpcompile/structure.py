@@ -106,6 +106,19 @@ def atoms(term: Term) -> list[Atom]:
     return list(found.values())
 
 
+def same_space(a: Term, b: Term) -> bool:
+    """Whether two terms are the same index spaces, put together in the same way."""
+    a, b = find(a), find(b)
+    match a, b:
+        case Prod(), Prod():
+            inside = factors(a), factors(b)
+        case Cat(), Cat():
+            inside = segments(a), segments(b)
+        case _:
+            return a is b
+    return len(inside[0]) == len(inside[1]) and all(same_space(x, y) for x, y in zip(*inside, strict=True))
+
+
 def prod(terms: Sequence[Term]) -> Term:
     """Row-major product, flat."""
     flat = [f for t in terms for f in factors(t)]
