@@ -20,7 +20,7 @@ import sys
 import traceback as traceback_module
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Unpack, cast
 
 import typer
 from rich.console import Console
@@ -41,7 +41,7 @@ from tpcompile.errors import SpecError, TpcompileError
 
 if TYPE_CHECKING:
     from tpcompile.models import Loaded
-    from tpcompile.program import Line, Program
+    from tpcompile.program import Asked, Line, Program
 
 OK, FAILED, USAGE, DEFECT, INTERRUPTED = 0, 1, 2, 70, 130
 
@@ -63,6 +63,10 @@ SpecFile = Annotated[
     ),
 ]
 Degree = Annotated[int, typer.Option("--tp", metavar="N", min=1, help="The number of ranks.")]
+SequenceParallel = Annotated[
+    bool,
+    typer.Option("--sequence-parallel", help="Spread norms, dropout and residuals over the ranks, by positions."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an internal error.")]
 
@@ -176,17 +180,23 @@ def example_inputs(loaded: Loaded) -> Mapping[str, object] | tuple[object, ...]:
     return {**bound.arguments, **loaded.kwargs}
 
 
-def rewritten(model: str, spec: str | None, degree: int) -> tuple[Loaded, Program]:
+def rewritten(model: str, spec: str | None, degree: int, **options: Unpack[Asked]) -> tuple[Loaded, Program]:
     """The model that MODEL names, and its program for ``degree`` ranks."""
     import tpcompile
 
     loaded = load(model, weights=False)
-    return loaded, tpcompile.rewrite(loaded.model, spec, degree=degree, example_inputs=example_inputs(loaded))
+    inputs = example_inputs(loaded)
+    return loaded, tpcompile.rewrite(loaded.model, spec, degree=degree, example_inputs=inputs, **options)
 
 
 @app.command()
 def verify(
-    model: ModelText, spec: SpecFile = None, tp: Degree = 2, json: Json = False, traceback: Traceback = False
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    sequence_parallel: SequenceParallel = False,
+    json: Json = False,
+    traceback: Traceback = False,
 ) -> None:
     """Prove that N ranks equal one device.
 
@@ -198,7 +208,10 @@ def verify(
         from tpcompile.report import held_text
 
         loaded = load(model, weights=True)
-        report = tpcompile.verify(loaded.model, spec, degree=tp, example_inputs=example_inputs(loaded))
+        inputs = example_inputs(loaded)
+        report = tpcompile.verify(
+            loaded.model, spec, degree=tp, example_inputs=inputs, sequence_parallel=sequence_parallel
+        )
         document = {
             "ok": report.ok,
             "model": loaded.label,
@@ -231,6 +244,7 @@ def show(
     model: ModelText,
     spec: SpecFile = None,
     tp: Degree = 2,
+    sequence_parallel: SequenceParallel = False,
     module: Annotated[
         str | None, typer.Option("--module", metavar="GLOB", help="Only values of these modules and of what they hold.")
     ] = None,
@@ -243,7 +257,7 @@ def show(
     """
 
     def work() -> Answer:
-        loaded, program = rewritten(model, spec, tp)
+        loaded, program = rewritten(model, spec, tp, sequence_parallel=sequence_parallel)
         lines = program.lines() if module is None else lines_in(program.lines(), module)
         document = {
             "ok": True,
@@ -262,6 +276,7 @@ def diff(
     model: ModelText,
     spec: SpecFile = None,
     tp: Degree = 2,
+    sequence_parallel: SequenceParallel = False,
     only: Annotated[str | None, typer.Option("--pass", metavar="NAME", help="Only what this pass changed.")] = None,
     json: Json = False,
     traceback: Traceback = False,
@@ -269,7 +284,7 @@ def diff(
     """Print what each pass changed, as a text diff."""
 
     def work() -> Answer:
-        loaded, program = rewritten(model, spec, tp)
+        loaded, program = rewritten(model, spec, tp, sequence_parallel=sequence_parallel)
         names = [name for name, _, _ in program.stages]
         if only is not None and only not in names:
             why = f"the passes are: {', '.join(names)}"
@@ -289,7 +304,12 @@ def diff(
 
 @app.command()
 def comm(
-    model: ModelText, spec: SpecFile = None, tp: Degree = 2, json: Json = False, traceback: Traceback = False
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    sequence_parallel: SequenceParallel = False,
+    json: Json = False,
+    traceback: Traceback = False,
 ) -> None:
     """List every collective and its bytes.
 
@@ -297,7 +317,7 @@ def comm(
     """
 
     def work() -> Answer:
-        loaded, program = rewritten(model, spec, tp)
+        loaded, program = rewritten(model, spec, tp, sequence_parallel=sequence_parallel)
         collectives = program.collectives
         document = {
             "ok": True,
@@ -318,6 +338,7 @@ def explain(
     name: Annotated[str, typer.Argument(metavar="PARAMETER_OR_MODULE", show_default=False)],
     spec: SpecFile = None,
     tp: Degree = 2,
+    sequence_parallel: SequenceParallel = False,
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -327,7 +348,7 @@ def explain(
     """
 
     def work() -> Answer:
-        loaded, program = rewritten(model, spec, tp)
+        loaded, program = rewritten(model, spec, tp, sequence_parallel=sequence_parallel)
         text = program.explain(name)
         return Answer({"ok": True, "model": loaded.label, "degree": tp, "name": name, "text": text}, (text,))
 
@@ -377,7 +398,12 @@ def plan(
 
 @app.command()
 def run(
-    model: ModelText, spec: SpecFile = None, tp: Degree = 2, json: Json = False, traceback: Traceback = False
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    sequence_parallel: SequenceParallel = False,
+    json: Json = False,
+    traceback: Traceback = False,
 ) -> None:
     """Run on N local processes and compare.
 
@@ -388,7 +414,7 @@ def run(
         from tpcompile.launch import launch
         from tpcompile.rehearsal import rehearse
 
-        results = launch(rehearse, tp, (model, spec))
+        results = launch(rehearse, tp, (model, spec, sequence_parallel))
         worst = max(results, key=lambda result: result.excess)
         ok = worst.excess <= 1
         document = {"ok": ok, "model": model, "degree": tp, "ranks": [dataclasses.asdict(result) for result in results]}

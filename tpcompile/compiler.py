@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -90,27 +89,16 @@ def rewrite_captured(
 def choose_spec(model: nn.Module, spec: SpecLike) -> Spec | None:
     """The spec itself, the one in a file, or the shipped one for the model's class; None if it must be planned."""
     if isinstance(spec, Spec):
-        return _told(spec)
+        return spec
     if spec is None:
         names = [c.__name__ for c in type(model).__mro__]
         return find_shipped(names) if shipped().keys() & set(names) else None
     if isinstance(spec, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return _told(Spec.load(spec))
+        return Spec.load(spec)
     raise SpecError(  # pyright: ignore[reportUnreachable]
         f"a spec is a path, a tpcompile.Spec or None, not {type(spec).__name__}",
         help="for a text, use tpcompile.Spec.parse(text)",
     )
-
-
-def _told(spec: Spec) -> Spec:
-    """A user's spec, with a word on what this version does not switch on."""
-    if not spec.filename.startswith("specs/") and any(line.word == "sequence" for line in spec.lines):
-        warnings.warn(
-            f"`sequence` lines of {spec.filename} are checked and kept, but sequence parallelism is not switched on by "
-            "this version: norms, dropout and residuals stay whole on every rank",
-            stacklevel=4,
-        )
-    return spec
 
 
 def call_arguments(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

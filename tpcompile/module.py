@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 import torch.distributed as dist
@@ -27,14 +27,19 @@ from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, install, module_at, repeated_layers
 from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
-from tpcompile.program import Program
+from tpcompile.program import Asked, Options, Program
 from tpcompile.spec import Spec
 
 MAX_VARIANTS = 16
 
 
 def compile(
-    model: nn.Module, spec: SpecLike = None, *, example_inputs: Inputs = None, mesh: DeviceMesh | None = None
+    model: nn.Module,
+    spec: SpecLike = None,
+    *,
+    example_inputs: Inputs = None,
+    mesh: DeviceMesh | None = None,
+    **options: Unpack[Asked],
 ) -> TensorParallel:
     """This rank's module: called, trained and saved like ``model``, with the same signature and outputs.
 
@@ -45,6 +50,7 @@ def compile(
         spec: a path to a ``.tpspec``, a :class:`Spec`, or None for the shipped spec of the model's class, or a plan.
         example_inputs: keyword arguments as a dict, or positional ones as a tuple; transformers models have defaults.
         mesh: a 1-D DeviceMesh, or one with a dim called ``tp``; None for all ranks.
+        options: see :class:`tpcompile.program.Options`.
 
     Raises:
         TpcompileError: see :func:`tpcompile.rewrite`; and when there is no process group, when parameters are on the
@@ -58,7 +64,8 @@ def compile(
             why="compile gives every rank its part of the weights",
             help="load the weights first; for a model without weights use tpcompile.rewrite or the command line",
         )
-    program = rewrite(model, spec, degree=group.size(), example_inputs=call_arguments_as_inputs(model, example_inputs))
+    given = call_arguments_as_inputs(model, example_inputs)
+    program = rewrite(model, spec, degree=group.size(), example_inputs=given, **options)
     _check_same(program, group)
     _check_same_weights(model, group)
     assert program.spec is not None, "rewrite finds or plans one"
@@ -146,6 +153,7 @@ class TensorParallel(nn.Module):
         captured = program.captured
         self._group = group
         self._spec = spec
+        self._options = program.options
         self._layouts = dict(program.parameters)
         self._mesh = program.mesh
         self._functions = Functions()
@@ -231,7 +239,7 @@ class TensorParallel(nn.Module):
         if skeleton.training != self.training:
             skeleton.train(self.training)
         try:
-            program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs)
+            program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs, self._options)
         except TpcompileError as error:
             raise error from refused
         _check_same(program, self._group)
@@ -274,14 +282,14 @@ class TensorParallel(nn.Module):
 
 
 def rewrite_call(
-    model: nn.Module, spec: Spec, degree: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, spec: Spec, degree: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
 ) -> Program:
     """The program for one call, positional and keyword arguments as they come."""
     from tpcompile.capture import capture
     from tpcompile.compiler import rewrite_captured
 
     captured = capture(model, args, kwargs)
-    return rewrite_captured(captured, spec, model, degree, (args, kwargs))
+    return rewrite_captured(captured, spec, model, degree, (args, kwargs), options=options)
 
 
 def captured_name(program: Program, name: str) -> str:

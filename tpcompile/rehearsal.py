@@ -37,17 +37,17 @@ class Rehearsed:
         return max(self.output_error, self.gradient_error) / self.allowed
 
 
-def rehearse(model: str, spec: str | None) -> Rehearsed:
+def rehearse(model: str, spec: str | None, sequence_parallel: bool = False) -> Rehearsed:
     """Run ``model`` whole and cut, forward and backward, in this process of an initialised process group.
 
     Raises:
         TpcompileError: the model does not load or compile, or has no output to compare.
     """
     with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the command's answer
-        return _rehearse(model, spec)
+        return _rehearse(model, spec, sequence_parallel)
 
 
-def _rehearse(model: str, spec: str | None) -> Rehearsed:
+def _rehearse(model: str, spec: str | None, sequence_parallel: bool) -> Rehearsed:
     loaded = load(model, weights=True)
     inputs = example_inputs(loaded)
     device = group_device(resolve_group(None))
@@ -58,7 +58,7 @@ def _rehearse(model: str, spec: str | None) -> Rehearsed:
     gradients = {name: parameter.grad for name, parameter in whole.named_parameters() if parameter.grad is not None}
     whole.zero_grad(set_to_none=True)
 
-    shard = tpcompile.compile(whole, spec, example_inputs=inputs)
+    shard = tpcompile.compile(whole, spec, example_inputs=inputs, sequence_parallel=sequence_parallel)
     start = time.perf_counter()
     outputs = backward(shard(*args, **kwargs))
     seconds = time.perf_counter() - start
