@@ -22,13 +22,14 @@ from tpcompile import shards
 from tpcompile.capture import Captured, capture
 from tpcompile.compare import backward
 from tpcompile.compiler import choose_spec, rewrite_captured
-from tpcompile.program import Program
+from tpcompile.program import Options, Program
 from tpcompile.simulate import Recorder, Simulation
 from tpcompile.spec import Spec
 
 Inputs = Mapping[str, Any]
 Counts = Mapping[tuple[str, str], int]  # (kind, direction) -> how many collectives of activations
 
+DEFAULT = Options()
 WIDTH, VOCABULARY, BATCH, LENGTH = 64, 128, 3, 7
 LANGUAGE_MODEL: Counts = {
     ("all_reduce", "forward"): 1,  # the rows of the embedding
@@ -317,10 +318,13 @@ def case(name: str, layers: int = 2, training: bool = False) -> Case:
 
 
 @cache
-def program(name: str, degree: int, layers: int = 2, training: bool = False) -> Program:
+def program(
+    name: str, degree: int, layers: int = 2, training: bool = False, options: Options = DEFAULT
+) -> Program:
     """The model ``name`` rewritten for ``degree`` ranks."""
     found = case(name, layers, training)
-    return rewrite_captured(found.captured, found.spec, found.model, degree, ((), found.inputs))
+    inputs = ((), found.inputs)
+    return rewrite_captured(found.captured, found.spec, found.model, degree, inputs, options=options)
 
 
 def counts(rewritten: Program, of: str = "activations") -> Counter[tuple[str, str]]:

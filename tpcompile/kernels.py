@@ -121,7 +121,8 @@ def dropout_part(x: torch.Tensor, p: float, cuts: tuple[tuple[int, int, Runs], .
         return x
     shape = list(x.shape)
     for dim, period, runs in cuts:
-        shape[dim] = shape[dim] // max(sum(n for _, n in runs), 1) * period if runs else period
+        held = sum(n for _, n in runs)
+        shape[dim] = shape[dim] // held * period if held else period
     mask = torch.empty([shape[d] for d in order], dtype=x.dtype, device=x.device).bernoulli_(1 - p)
     mask = mask.permute([order.index(d) for d in range(x.dim())])
     for dim, period, runs in cuts:
