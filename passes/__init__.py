@@ -11,11 +11,13 @@ from tpcompile.passes.emit import emit
 from tpcompile.passes.forward_all_reduces import forward_all_reduces
 from tpcompile.passes.functionalize import functionalize
 from tpcompile.passes.in_place import in_place
+from tpcompile.passes.independent_dropout import independent_dropout
 from tpcompile.passes.parameter_copies import parameter_copies
 from tpcompile.passes.place import place
 from tpcompile.passes.sequence_parallel import sequence_parallel
 from tpcompile.passes.structure import structure
 from tpcompile.passes.tidy import tidy
+from tpcompile.passes.wide_reductions import wide_reductions
 from tpcompile.program import Pass
 
 PIPELINE: tuple[Pass, ...] = (
@@ -30,8 +32,10 @@ PIPELINE: tuple[Pass, ...] = (
     backward_all_reduces,  # a minimum cut decides where f stands
     constants,  # what would be made whole and then cut is made cut
     emit,  # one rank's code
+    independent_dropout,  # if asked: masks of each rank's own
     tidy,  # local identities: biases fused back, no-ops gone
     parameter_copies,  # gradients of whole parameters in cut regions: one bucket
+    wide_reductions,  # if asked: sums over ranks in float32
     in_place,  # all-reduces that may overwrite what they sum
 )
 

@@ -36,7 +36,7 @@ from tpcompile.layout import (
 )  # fmt: skip
 from tpcompile.localize import LocalCall, per_rank
 from tpcompile.passes.place import needs_grad
-from tpcompile.placement import Placement, uncut
+from tpcompile.placement import Placement, cut_as, uncut
 from tpcompile.program import Program, Row, where
 from tpcompile.rules import RULES, op_name
 
@@ -440,7 +440,11 @@ class _Emitter:
     def _output(self, node: torch.fx.Node) -> None:
         def leave(value: Any) -> Any:
             if isinstance(value, torch.fx.Node) and value.name in self.program.table:
-                return self.place(value, uncut(self.program.shape(value), self.mesh), value)
+                want = uncut(self.program.shape(value), self.mesh)
+                last = self.program.table[value.name].settled[0].dims[-1:]
+                if not self.program.options.gather_logits and any(axes_of(d) and not isinstance(d, Spread) for d in last):
+                    want = cut_as((*want.dims[:-1], *last), self.mesh)
+                return self.place(value, want, value)
             return self.env[value] if isinstance(value, torch.fx.Node) else value
 
         self.graph.output(torch.fx.map_arg(node.args[0], leave))

@@ -18,7 +18,7 @@ def is_random(node: torch.fx.Node) -> bool:
         return False
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return argument(node, "dropout_p") != 0.0
-    drawn = getattr(node.target, "__name__", "") == "dropout_part"
+    drawn = getattr(node.target, "__name__", "") in ("dropout_part", "own_dropout")
     return drawn or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 

@@ -20,14 +20,15 @@ import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tpcompile import shards
+from tpcompile import collectives, kernels, shards
 from tpcompile.collectives import transition_of
 from tpcompile.compare import backward, gradient_errors, largest, relative_error
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.errors import TpcompileError
-from tpcompile.layout import Concat, Layout, Leaf, Owned, Product, axes_of, concat, product, size, whole_segments
-from tpcompile.placement import Placement
-from tpcompile.program import Asked, Program, where
+from tpcompile.layout import Concat, Layout, Leaf, Owned, Product, axes_of, concat, product, runs, size, whole_segments
+from tpcompile.localize import per_rank
+from tpcompile.placement import Placement, uncut
+from tpcompile.program import Asked, Program, copy_graph, where
 from tpcompile.report import Collective, held
 from tpcompile.rules import op_name
 from tpcompile.simulate import Simulation
@@ -108,6 +109,13 @@ def verify_program(
 ) -> Report:
     """Compare an emitted program with the model that it was made from."""
     start = time.perf_counter()
+    if any(node.target is kernels.own_dropout for node in program.graph.nodes):
+        raise TpcompileError(
+            "verify cannot compare independent dropout",
+            why="ranks draw other masks than one device",
+            help='verify with dropout="exact", or the model in eval mode',
+        )
+    program = _with_whole_outputs(program)
     args, kwargs = call_arguments(model, example_inputs)
     flat = program.captured.flatten(args, kwargs)
     eager = _run_eager(model, args, kwargs)
@@ -148,6 +156,33 @@ def verify_program(
         held(program),
         timings,
     )
+
+
+def _with_whole_outputs(program: Program) -> Program:
+    """The program with the outputs that it leaves cut gathered, to be compared."""
+    module, graph = copy_graph(program.graph_module)
+    output = next(iter(graph.find_nodes(op="output")))
+    mesh = program.mesh
+
+    def whole(x: torch.fx.Node) -> torch.fx.Node:
+        placed = x.meta.get("placement")
+        if not isinstance(placed, Placement) or not any(map(axes_of, placed.dims)):
+            return x
+        (dim,) = (d for d, layout in enumerate(placed.dims) if axes_of(layout))
+        axes = axes_of(placed.dims[dim])
+        parts: list[Any] = []
+        for rank in range(mesh.degree):
+            group = next(g for g in mesh.groups(axes) if rank in g)
+            parts.append(tuple(runs(placed.dims[dim], mesh.sizes, mesh.coordinates(m)) for m in group))
+        with graph.inserting_before(output):
+            made = graph.call_function(collectives.gather, (x, dim, per_rank(parts), mesh.group_name(axes)))
+        made.meta = dict(x.meta)
+        made.meta["placement"] = uncut(program.shape(x), mesh)
+        return made
+
+    output.args = torch.fx.map_arg(output.args, whole)
+    module.recompile()
+    return program.with_(graph_module=module)
 
 
 def _allowed(program: Program, eager: Run) -> float:

@@ -128,3 +128,22 @@ def dropout_part(x: torch.Tensor, p: float, cuts: tuple[tuple[int, int, Runs], .
     for dim, period, runs in cuts:
         mask = take(mask.unflatten(dim, (-1, period)), dim + 1, runs).flatten(dim, dim + 1)
     return x * mask.div(1 - p) if p < 1.0 else x * mask
+
+
+def own_dropout(x: torch.Tensor, p: float, stream: int) -> torch.Tensor:
+    """Dropout of one rank's part, with random numbers of ``stream`` alone.
+
+    One number is drawn from the default generator, the same on every rank, and seeds a generator of the stream: ranks
+    stay in step, and a recomputation that restores the generator draws the same mask again.
+
+    Args:
+        x: this rank's part ``[...]``.
+        p: probability of dropping.
+        stream: index of the part; ranks that hold the same part pass the same.
+    """
+    if p == 0.0:
+        return x
+    seed = int(torch.randint(2**62, ())) + 2718 * (stream + 1)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
+    return x * mask.div_(1 - p) if p < 1.0 else x * mask

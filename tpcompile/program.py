@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import sympy
 import torch
 import torch.fx
 
 from tpcompile.capture import Captured
-from tpcompile.errors import Where
+from tpcompile.errors import ShardingError, Where
 from tpcompile.layout import Layout, Mesh
 from tpcompile.placement import Placement
 from tpcompile.rules import op_name, result_shapes
@@ -74,16 +74,41 @@ class Options:
     """What a compile asks for beyond the cuts.
 
     Attributes:
-        sequence_parallel: norms, dropout and residuals run on a part of the positions (Korthikanti et al. 2022).
+        sequence_parallel: norms, dropout and residuals run on a part of the positions (Korthikanti et al. 2022): less
+            memory for activations, the same bytes sent.
+        gather_logits: False leaves outputs that are cut along their last dim (the vocabulary) as this rank's part.
+        reduce_dtype: sums over ranks of bfloat16 and float16 values are made in this dtype; None: in their own.
+        dropout: ``exact`` masks are bitwise those of one device on a CPU; ``independent`` ones are drawn by each rank
+            for its own part, which is cheaper, and other numbers (Megatron's way).
     """
 
     sequence_parallel: bool = False
+    gather_logits: bool = True
+    reduce_dtype: torch.dtype | None = None
+    dropout: Literal["exact", "independent"] = "exact"
+
+    def __post_init__(self) -> None:
+        if self.reduce_dtype not in (None, torch.float32, torch.float64):
+            raise ShardingError(
+                f"reduce_dtype is {self.reduce_dtype}",
+                why="it is the dtype in which narrower values are summed over ranks",
+                help="pass torch.float32, or None",
+            )
+        if self.dropout not in ("exact", "independent"):
+            raise ShardingError(
+                f"dropout is {self.dropout!r}",
+                why="masks are `exact`, those of one device, or `independent`, each rank's own",
+                help='pass dropout="exact" or dropout="independent"',
+            )
 
 
 class Asked(TypedDict, total=False):
     """:class:`Options` as keyword arguments of ``compile``, ``rewrite`` and ``verify``."""
 
     sequence_parallel: bool
+    gather_logits: bool
+    reduce_dtype: torch.dtype | None
+    dropout: Literal["exact", "independent"]
 
 
 @dataclass(frozen=True)
