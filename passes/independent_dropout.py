@@ -27,9 +27,7 @@ def independent_dropout(program: Program) -> Program:
         for rank in range(program.mesh.degree):
             coordinates = program.mesh.coordinates(rank)
             parts.setdefault(tuple(coordinates[a] for a in cut), len(parts))
-        streams = [
-            parts[tuple(program.mesh.coordinates(rank)[a] for a in cut)] for rank in range(program.mesh.degree)
-        ]
+        streams = [parts[tuple(program.mesh.coordinates(rank)[a] for a in cut)] for rank in range(program.mesh.degree)]
         node.target, node.args = kernels.own_dropout, (*node.args[:2], per_rank(streams))
     drop_dead(graph)
     module.recompile()

@@ -22,7 +22,6 @@ from tpcompile.program import Program
 from tpcompile.rules import RULES, op_name
 from tpcompile.structure import Prod, Term, find, same_space, size
 
-
 SPREAD, WHOLE = "spread", "whole"
 
 
@@ -117,7 +116,9 @@ def _run_whole(program: Program) -> set[str]:
             continue
         free.add(node.name)
         for x in program.call(node).operands:
-            if "P" in program.table[x.name].settled[0].letters:  # summed here: an all-reduce instead of a reduce-scatter
+            if (
+                "P" in program.table[x.name].settled[0].letters
+            ):  # summed here: an all-reduce instead of a reduce-scatter
                 network.add_edge(SPREAD, node.name, capacity=math.prod(program.shape(x)))
     for node in program.graph.nodes:
         row = program.table.get(node.name)

@@ -72,6 +72,17 @@ def seeded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
 
 
+def test_gradients_of_bfloat16_parameters_can_be_accumulated_in_float32(group: None) -> None:
+    """``grad_dtype`` is torch's own: what is asked of a parameter holds for this rank's part of it."""
+    model = zoo.build("llama").bfloat16()
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+    tp = compiled("llama", model)
+    tp(**zoo.inputs("llama")).logits.float().sum().backward()
+    assert {p.grad.dtype for p in tp.parameters() if p.grad is not None} == {torch.float32}
+    assert {p.dtype for p in tp.parameters()} == {torch.bfloat16}
+
+
 def test_one_rank_communicates_nothing_and_computes_the_same(nanogpt: Pair) -> None:
     model, tp = nanogpt
     inputs = zoo.inputs("nanogpt")

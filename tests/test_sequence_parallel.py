@@ -148,9 +148,7 @@ def test_lines_of_the_spec_say_which_streams() -> None:
 
     def streams(extra: str) -> int:
         spec = Spec.parse(text + extra)
-        return len(
-            rewrite_captured(case.captured, spec, case.model, 2, ((), case.inputs), options=ON).streams
-        )
+        return len(rewrite_captured(case.captured, spec, case.model, 2, ((), case.inputs), options=ON).streams)
 
     assert streams("") == 2
     assert streams("decoder.block.*.layer.*.layer_norm  sequence\n") == 1

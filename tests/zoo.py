@@ -318,9 +318,7 @@ def case(name: str, layers: int = 2, training: bool = False) -> Case:
 
 
 @cache
-def program(
-    name: str, degree: int, layers: int = 2, training: bool = False, options: Options = DEFAULT
-) -> Program:
+def program(name: str, degree: int, layers: int = 2, training: bool = False, options: Options = DEFAULT) -> Program:
     """The model ``name`` rewritten for ``degree`` ranks."""
     found = case(name, layers, training)
     inputs = ((), found.inputs)

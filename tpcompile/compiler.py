@@ -53,9 +53,7 @@ def rewrite(
     start = time.perf_counter()
     captured = capture(model, args, kwargs)
     seconds = time.perf_counter() - start
-    return rewrite_captured(
-        captured, chosen, model, degree, (args, kwargs), pipeline, seconds, Options(**options)
-    )
+    return rewrite_captured(captured, chosen, model, degree, (args, kwargs), pipeline, seconds, Options(**options))
 
 
 def rewrite_captured(

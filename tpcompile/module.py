@@ -180,6 +180,7 @@ class TensorParallel(nn.Module):
                 whole = program.captured.parameters[canonical]
                 part = shards.cut(whole.detach(), self._layouts.get(canonical, ()), self._mesh, rank)
                 local[canonical] = nn.Parameter(part.clone(), requires_grad=whole.requires_grad)
+                local[canonical].grad_dtype = whole.grad_dtype
             path, _, last = name.rpartition(".")
             module_at(self, path, self._layers).register_parameter(last, local[canonical])
         persistent = set(model.state_dict(keep_vars=True))
