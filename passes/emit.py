@@ -442,9 +442,8 @@ class _Emitter:
             if isinstance(value, torch.fx.Node) and value.name in self.program.table:
                 want = uncut(self.program.shape(value), self.mesh)
                 last = self.program.table[value.name].settled[0].dims[-1:]
-                if not self.program.options.gather_logits and any(
-                    axes_of(d) and not isinstance(d, Spread) for d in last
-                ):
+                cut = [d for d in last if axes_of(d) and not isinstance(d, Spread)]
+                if cut and not self.program.options.gather_logits:
                     want = cut_as((*want.dims[:-1], *last), self.mesh)
                 return self.place(value, want, value)
             return self.env[value] if isinstance(value, torch.fx.Node) else value

@@ -187,7 +187,7 @@ def trained(sequence_parallel: bool) -> dict[str, Any]:
     outputs = backward(tp(**inputs)) + backward(tp(**longer))
     torch.manual_seed(7)
     expected = backward(model(**inputs)) + backward(model(**longer))
-    wanted = {name: p.grad for name, p in model.named_parameters()}
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     got = tpcompile.full_gradients(tp)
     scale = max(float(g.abs().max()) for g in wanted.values())
     return {

@@ -22,14 +22,13 @@ from tpcompile import shards
 from tpcompile.capture import Captured, capture
 from tpcompile.compare import backward
 from tpcompile.compiler import choose_spec, rewrite_captured
-from tpcompile.program import Options, Program
+from tpcompile.program import DEFAULT, Options, Program
 from tpcompile.simulate import Recorder, Simulation
 from tpcompile.spec import Spec
 
 Inputs = Mapping[str, Any]
 Counts = Mapping[tuple[str, str], int]  # (kind, direction) -> how many collectives of activations
 
-DEFAULT = Options()
 WIDTH, VOCABULARY, BATCH, LENGTH = 64, 128, 3, 7
 LANGUAGE_MODEL: Counts = {
     ("all_reduce", "forward"): 1,  # the rows of the embedding

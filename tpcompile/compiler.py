@@ -14,7 +14,7 @@ from tpcompile.capture import Captured, capture
 from tpcompile.errors import ShardingError, SpecError
 from tpcompile.models import default_inputs
 from tpcompile.passes import PIPELINE
-from tpcompile.program import Asked, Options, Pass, Program, Stage
+from tpcompile.program import DEFAULT, Asked, Options, Pass, Program, Stage
 from tpcompile.report import sizes_at
 from tpcompile.spec import Spec, find_shipped, resolve, shipped
 
@@ -64,7 +64,7 @@ def rewrite_captured(
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
     pipeline: Sequence[Pass] = PIPELINE,
     seconds: float = 0.0,
-    options: Options = Options(),
+    options: Options = DEFAULT,
 ) -> Program:
     """The pipeline on a model that is captured already (which took ``seconds``); planned if there is no spec."""
     if spec is None:

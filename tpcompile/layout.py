@@ -36,7 +36,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Spread(Leaf):
-    """A sequence cut because a value may be, not because a weight is: it is made whole wherever an op needs it whole."""
+    """Positions cut because a value may be, not because a weight is: made whole wherever an op needs them whole."""
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,9 @@ class Options:
             )
 
 
+DEFAULT = Options()
+
+
 class Asked(TypedDict, total=False):
     """:class:`Options` as keyword arguments of ``compile``, ``rewrite`` and ``verify``."""
 
@@ -136,7 +139,7 @@ class Program:
     whole: frozenset[str] = frozenset()  # parameters that a `replicate` line keeps whole
     keep: frozenset[str] = frozenset()  # nodes whose partial sums travel on
     early: frozenset[tuple[str, int]] = frozenset()  # (node, mesh axis) that run behind f
-    options: Options = field(default_factory=Options)
+    options: Options = DEFAULT
     streams: tuple[Term, ...] = ()  # index spaces of positions that are spread over the ranks between the cut blocks
     whole_ops: frozenset[str] = frozenset()  # nodes that gather spread operands although they could do without
     table: Mapping[str, Row] = field(default_factory=dict[str, Row])
@@ -223,4 +226,4 @@ def where(node: torch.fx.Node) -> Where:
     return replace(base, module=node.meta.get("module") or None, op=op_name(node))
 
 
-__all__ = ["Asked", "Cut", "Options", "Pass", "Pin", "Program", "Row", "Structure", "copy_graph", "where"]
+__all__ = ["DEFAULT", "Asked", "Cut", "Options", "Pass", "Pin", "Program", "Row", "Structure", "copy_graph", "where"]
