@@ -18,9 +18,9 @@ import torch.fx
 from tpcompile.errors import ShardingError
 from tpcompile.passes.forward_all_reduces import path_of
 from tpcompile.passes.place import is_spread, place, stream_dim
-from tpcompile.program import Program
+from tpcompile.program import Program, copy_graph
 from tpcompile.rules import RULES, op_name
-from tpcompile.structure import Prod, Term, find, same_space, size
+from tpcompile.structure import Term, same_space, size
 
 SPREAD, WHOLE = "spread", "whole"
 
@@ -35,6 +35,7 @@ def sequence_parallel(program: Program) -> Program:
     """
     if not program.options.sequence_parallel or program.degree == 1:
         return program
+    program = _partial_sums_first(program)
     paths = [
         path_of(program, node, row)
         for node in program.graph.nodes
@@ -58,6 +59,47 @@ def sequence_parallel(program: Program) -> Program:
     return place(program.with_(whole_ops=frozenset(whole))) if whole else program
 
 
+def _partial_sums_first(program: Program) -> Program:
+    """``(x + p) + q`` of partial sums p and q becomes ``x + (p + q)``: spread x could not take p without a reduce-scatter
+    of p alone (Cohere's parallel residual)."""
+    changed: list[tuple[str, str, str]] = []
+    for node in program.graph.nodes:
+        if not _adds(node) or node.name not in program.keep or len(node.users) != 1:
+            continue
+        (user,) = node.users
+        terms = [(x, program.table[x.name].settled[0]) for x in node.args]
+        partial = [x for x, placed in terms if "P" in placed.letters]
+        whole = [x for x, placed in terms if "P" not in placed.letters]
+        other = next((x for x in user.args if x is not node), None) if _adds(user) else None
+        if len(partial) != 1 or len(whole) != 1 or other is None or other.name not in program.table:
+            continue
+        alike = {(program.shape(x), x.meta["val"].dtype) for x in (*partial, *whole, other, user)}
+        if "P" in program.table[other.name].settled[0].letters and len(alike) == 1:
+            changed.append((node.name, partial[0].name, whole[0].name))
+    if not changed:
+        return program
+    module, graph = copy_graph(program.graph_module)
+    named = {node.name: node for node in graph.nodes}
+    for name, partial_name, whole_name in changed:
+        node = named[name]
+        (user,) = node.users
+        other = next(x for x in user.args if x is not node)
+        node.args, user.args = (named[partial_name], other), (named[whole_name], node)
+        user.prepend(node)
+    module.recompile()
+    return place(program.with_(graph_module=module))
+
+
+def _adds(node: torch.fx.Node) -> bool:
+    """Whether the op is the plain sum of two tensors."""
+    return (
+        op_name(node) == "aten.add.Tensor"
+        and len(set(node.args)) == 2
+        and all(isinstance(x, torch.fx.Node) for x in node.args)
+        and not node.kwargs
+    )
+
+
 def _named(program: Program) -> set[str]:
     return {claim.module for claim in program.claims if claim.word == "sequence"}
 
@@ -79,20 +121,16 @@ def _streams(program: Program, paths: list[list[torch.fx.Node]]) -> tuple[Term, 
                 attended += [t for x, t in zip(labels, values[operand.name][0], strict=True) if x in sentence.whole]
     found: list[Term] = []
     for path in paths:
+        before_last: list[Term] = []
+        seen: list[Term] = []
         for node in path:
             dims = values.get(node.name, ((),))[0]
-            fitting = [t for t in dims[:-1] if _fits(program, t) and (allowed is None or _among(t, allowed))]
-            seen = [t for t in fitting if _among(t, attended)]
-            chosen = seen or [t for t in fitting if len(dims) > 2 and t is dims[-2]]
-            if chosen:
-                found += [t for t in chosen[-1:] if not _among(t, found)]
-                break
+            fitting = [t for t in dims[:-1] if size(t) >= max(2, program.degree)]
+            fitting = [t for t in fitting if allowed is None or _among(t, allowed)]
+            seen += [t for t in fitting if _among(t, attended)]
+            before_last += [t for t in fitting if len(dims) > 2 and t is dims[-2]]
+        found += [t for t in (seen or before_last)[-1:] if not _among(t, found)]
     return tuple(found)
-
-
-def _fits(program: Program, term: Term) -> bool:
-    """Whether the dim is positions and nothing else, with a place for every rank."""
-    return not isinstance(find(term), Prod) and size(term) >= max(2, program.degree)
 
 
 def _among(term: Term, terms: Sequence[Term]) -> bool:
