@@ -255,11 +255,11 @@ class Simulation:
             per_rank = [list(cast("Sequence[Any]", x)) for x in inputs]
         if len(per_rank) != self.ranks:
             raise ValueError(f"inputs for {len(per_rank)} ranks of {self.ranks}")
-        return _Run(self, on_node, recorder).graph(self.graphs, per_rank, "")
+        return Run(self, on_node, recorder).graph(self.graphs, per_rank, "")
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """One run of a simulation: the interpreter."""
 
     simulation: Simulation
@@ -384,11 +384,13 @@ def _last_uses(nodes: Sequence[fx.Node]) -> list[list[int]]:
 
 def _in_step(functions: Sequence[Callable[..., Any]], arguments: Sequence[Any]) -> list[Any]:
     """Call on each rank; what draws random numbers draws them from the same generator state on each."""
+    (args, kwargs), *others = arguments
+    if not others:
+        return [functions[0](*args, **kwargs)]
     generators = [torch.default_generator]
     if torch.cuda.is_initialized():
         generators += torch.cuda.default_generators
     before = [generator.get_state() for generator in generators]
-    (args, kwargs), *others = arguments
     values = [functions[0](*args, **kwargs)]
     drawn = [g for g, state in zip(generators, before, strict=True) if not torch.equal(g.get_state(), state)]
     states = [state for g, state in zip(generators, before, strict=True) if g in drawn]
