@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 import torch.fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -90,9 +91,7 @@ def memory(program: Program, inputs: Sequence[torch.Tensor] | None = None) -> tu
     """
     if not program.emitted:
         raise TpcompileError("the program is not emitted", why="only emitted code knows local sizes")
-    shapes = [tuple(_size(n, program) for n in x.example.shape) for x in program.captured.inputs]
-    if inputs is not None:
-        shapes = [tuple(x.shape) for x in inputs]
+    shapes = [tuple(x.shape) for x in (resized(program) if inputs is None else inputs)]
     found: dict[object, RankMemory] = {}
     ranks: list[RankMemory] = []
     for rank in range(program.mesh.degree):
@@ -101,6 +100,27 @@ def memory(program: Program, inputs: Sequence[torch.Tensor] | None = None) -> tu
             found[like] = RankMemory(*_states(program, rank), _kept(program, rank, shapes))
         ranks.append(found[like])
     return tuple(ranks)
+
+
+def resized(program: Program, batch: int | None = None, length: int | None = None) -> list[torch.Tensor]:
+    """Flat inputs (without memory) for :func:`memory`, of another batch size and sequence length than the example's.
+
+    ``batch`` is dim 0 of the inputs, ``length`` dim 1 of those that hold integers, with every size that is tied to one
+    of them. Raises TpcompileError where the captured graph has that size fixed, or is not valid for it.
+    """
+    captured, sizes = program.captured, dict(program.sizes)
+    for dim, wanted in ((0, batch), (1, length)):
+        if wanted is None:
+            continue
+        of = [x for x in captured.inputs if dim < x.example.dim() and (dim == 0 or not x.dtype.is_floating_point)]
+        symbols = {n.node.expr for x in of if isinstance(n := x.example.shape[dim], torch.SymInt)}
+        if not symbols:
+            what = "batch size" if dim == 0 else "sequence length"
+            raise TpcompileError(f"the {what} cannot be {wanted}", why="it is fixed in the captured graph")
+        sizes.update(dict.fromkeys(symbols, wanted))
+    shapes = [tuple(_size(n, sizes) for n in x.example.shape) for x in captured.inputs]
+    captured.check_shapes(shapes)
+    return [torch.empty(shape, device="meta") for shape in shapes]
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -142,10 +162,10 @@ class Saved:
         free = {_storage(x) for x in self.free}
 
         def pack(x: torch.Tensor) -> _Held:
-            held, key = _Held(x), _storage(x)
+            held, key = _Held(x.detach()), _storage(x)  # an op's result would keep the op alive, and itself
             if key not in free:
                 if key not in self._found:
-                    self._found[key] = _Storage(x.detach(), [], [])
+                    self._found[key] = _Storage(held.tensor, [], [])
                 self._found[key].held.append(weakref.ref(held))
                 self._waiting.append(self._found[key])
             return held
@@ -252,7 +272,7 @@ def _fake(program: Program, rank: int) -> Generator[tuple[torch.fx.GraphModule, 
         for node in graph_module.graph.find_nodes(op="get_attr"):
             name, value = str(node.target), node.meta["val"]
             parameter = program.captured.parameters.get(name)
-            shape = tuple(_size(n, program) for n in value.shape)
+            shape = tuple(_size(n, program.sizes) for n in value.shape)
             if name in program.parameters:
                 shape = shards.shape(program.parameters[name], program.mesh, rank)
             attributes[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
@@ -296,8 +316,8 @@ def _part(layout: Layout, mesh: Mesh, rank: int) -> tuple[int, int]:
     return local_size(layout, mesh, rank), pieces
 
 
-def _size(n: int | torch.SymInt, program: Program) -> int:
-    return int(n.node.expr.xreplace(program.sizes)) if isinstance(n, torch.SymInt) else n
+def _size(n: int | torch.SymInt, sizes: Mapping[sympy.Symbol, int]) -> int:
+    return int(n.node.expr.xreplace(sizes)) if isinstance(n, torch.SymInt) else n
 
 
-__all__ = ["Kept", "RankMemory", "Saved", "memory"]
+__all__ = ["Kept", "RankMemory", "Saved", "memory", "resized"]

@@ -29,9 +29,11 @@ from tpcompile.display import (
     Block,
     Table,
     Verdict,
+    byte_text,
     collectives_line,
     collectives_table,
     listing,
+    memory_table,
     stage_diff,
     time_text,
     write,
@@ -40,6 +42,7 @@ from tpcompile.display import (
 from tpcompile.errors import SpecError, TpcompileError
 
 if TYPE_CHECKING:
+    from tpcompile.activations import RankMemory
     from tpcompile.models import Loaded
     from tpcompile.program import Line, Program
 
@@ -176,11 +179,13 @@ def example_inputs(loaded: Loaded) -> Mapping[str, object] | tuple[object, ...]:
     return {**bound.arguments, **loaded.kwargs}
 
 
-def rewritten(model: str, spec: str | None, degree: int) -> tuple[Loaded, Program]:
-    """The model that MODEL names, and its program for ``degree`` ranks."""
+def rewritten(model: str, spec: str | None, degree: int, training: bool = False) -> tuple[Loaded, Program]:
+    """The model that MODEL names, and its program for ``degree`` ranks; in train mode if ``training``."""
     import tpcompile
 
     loaded = load(model, weights=False)
+    if training:
+        loaded.model.train()
     return loaded, tpcompile.rewrite(loaded.model, spec, degree=degree, example_inputs=example_inputs(loaded))
 
 
@@ -310,6 +315,67 @@ def comm(
         return Answer(document, (collectives_table(collectives), "", "bytes: sent per rank"))
 
     respond(work, json, traceback)
+
+
+@app.command()
+def memory(
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    batch: Annotated[int | None, typer.Option("--batch", metavar="B", min=1, help="Batch size.")] = None,
+    length: Annotated[int | None, typer.Option("--length", metavar="S", min=1, help="Sequence length.")] = None,
+    json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """List what every rank holds in a training step.
+
+    Parameters, gradients, AdamW states, and each value that autograd keeps for backward: of which op, shape and bytes.
+    """
+
+    def work() -> Answer:
+        from tpcompile.activations import memory as memory_of
+        from tpcompile.activations import resized
+
+        loaded, program = rewritten(model, spec, tp, training=True)
+        inputs = resized(program, batch, length)
+        ranks = memory_of(program, inputs)
+        document = {
+            "ok": True,
+            "model": loaded.label,
+            "degree": tp,
+            "inputs": {x.path: list(given.shape) for x, given in zip(program.captured.inputs, inputs, strict=True)},
+            "ranks": [memory_document(rank) for rank in ranks],
+        }
+        shapes = ", ".join(f"{path} {shape}" for path, shape in document["inputs"].items())
+        head = ("rank", "parameters", "gradients", "AdamW", "activations", "in all")
+        states = [(rank.parameters, rank.gradients, rank.adamw, rank.activations) for rank in ranks]
+        rows = tuple((str(n), *map(byte_text, (*each, sum(each)))) for n, each in enumerate(states))
+        fullest = max(range(tp), key=lambda rank: ranks[rank].activations)
+        return Answer(
+            document,
+            (
+                f"one training step of {loaded.label} with {shapes}",
+                "",
+                Table(head, rows, right=frozenset(range(1, 6))),
+                "",
+                f"kept for backward on rank {fullest}:",
+                memory_table(ranks[fullest].kept),
+            ),
+        )
+
+    respond(work, json, traceback)
+
+
+def memory_document(rank: RankMemory) -> Mapping[str, object]:
+    """One rank's memory for programs."""
+    return {
+        "parameters": rank.parameters,
+        "gradients": rank.gradients,
+        "adamw": rank.adamw,
+        "activations": rank.activations,
+        "layers": dict(rank.layers),
+        "kept": [{**dataclasses.asdict(line), "dtype": str(line.dtype)} for line in rank.kept],
+    }
 
 
 @app.command()
