@@ -13,6 +13,7 @@ from tpcompile.passes.functionalize import functionalize
 from tpcompile.passes.in_place import in_place
 from tpcompile.passes.parameter_copies import parameter_copies
 from tpcompile.passes.place import place
+from tpcompile.passes.recompute import recompute
 from tpcompile.passes.structure import structure
 from tpcompile.passes.tidy import tidy
 from tpcompile.program import Pass
@@ -31,6 +32,7 @@ PIPELINE: tuple[Pass, ...] = (
     tidy,  # local identities: biases fused back, no-ops gone
     parameter_copies,  # gradients of whole parameters in cut regions: one bucket
     in_place,  # all-reduces that may overwrite what they sum
+    recompute,  # what is run again in backward instead of being kept
 )
 
 __all__ = ["PIPELINE"]

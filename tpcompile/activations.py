@@ -30,6 +30,7 @@ from tpcompile.layout import Layout, Mesh, Owned, axes_of, local_size, runs, siz
 from tpcompile.module import bind
 from tpcompile.placement import Placement
 from tpcompile.program import Program, where
+from tpcompile.recomputation import Region
 from tpcompile.rules import op_name
 from tpcompile.simulate import Run, Simulation
 
@@ -123,6 +124,12 @@ def resized(program: Program, batch: int | None = None, length: int | None = Non
     return [torch.empty(shape, device="meta") for shape in shapes]
 
 
+def savers(program: Program) -> frozenset[str]:
+    """Names of the nodes that autograd keeps something for, parameters and inputs included; raises as ``memory``."""
+    shapes = [tuple(x.shape) for x in resized(program)]
+    return frozenset(node.name for node in _run(program, 0, shapes)[0].keepers if isinstance(node, torch.fx.Node))
+
+
 # ------------------------------------------------------------------------------------------------ counting
 class _Held:
     """A tensor in autograd's hands; gone when nobody may ask for it any more."""
@@ -150,6 +157,8 @@ class Saved:
     """
 
     free: Iterable[torch.Tensor] = ()
+    keepers: set[torch.fx.Node | str] = field(default_factory=set[torch.fx.Node | str])  # of anything, free or not
+    _new: bool = False
     _found: dict[StorageWeakRef, _Storage] = field(default_factory=dict[StorageWeakRef, _Storage])
     _values: dict[StorageWeakRef, tuple[str, torch.Tensor]] = field(
         default_factory=dict[StorageWeakRef, tuple[str, torch.Tensor]]
@@ -163,6 +172,7 @@ class Saved:
 
         def pack(x: torch.Tensor) -> _Held:
             held, key = _Held(x.detach()), _storage(x)  # an op's result would keep the op alive, and itself
+            self._new = True
             if key not in free:
                 if key not in self._found:
                     self._found[key] = _Storage(held.tensor, [], [])
@@ -182,6 +192,9 @@ class Saved:
 
     def saved_by(self, saver: torch.fx.Node | str) -> None:
         """Name who kept what was kept since this was last asked."""
+        if self._new:
+            self.keepers.add(saver)
+        self._new = False
         for storage in self._waiting:
             if saver not in storage.savers:
                 storage.savers.append(saver)
@@ -204,18 +217,33 @@ def _storage(x: torch.Tensor) -> StorageWeakRef:
 
 
 # ------------------------------------------------------------------------------------------------ one rank on fakes
+@dataclass(frozen=True)
 class _OneRank(Run):
     """Runs the functions that a rank calls, transitions included: on fakes they need no process group."""
+
+    saved: Saved = field(default_factory=lambda: Saved())
 
     def transition(self, row: Transition, node: torch.fx.Node, arguments: Sequence[Any], path: str) -> list[Any]:
         (args, kwargs) = arguments[0]
         function: Callable[..., Any] = getattr(collectives, row.name)
         return [function(*args, **kwargs)]
 
+    def enter(self, region: Region) -> None:
+        """What a region is given is kept for running it again."""
+        self.saved.saved_by(region.name)
+
 
 def _kept(program: Program, rank: int, shapes: Sequence[Sequence[int]]) -> tuple[Kept, ...]:
     """What one rank keeps, in the order in which it is first kept."""
     layers = repeated_layers(program.captured.module_classes)
+    saved, outputs = _run(program, rank, shapes)
+    lines = tuple(_line(value, x, savers, layers) for value, x, savers in saved)
+    del outputs  # until here they held the graph
+    return lines
+
+
+def _run(program: Program, rank: int, shapes: Sequence[Sequence[int]]) -> tuple[Saved, object]:
+    """What one rank's code keeps on fakes, and its outputs, with which it goes."""
     reached: list[torch.fx.Node] = []
     with _fake(program, rank) as (graph_module, attributes):
         inputs = [
@@ -228,7 +256,7 @@ def _kept(program: Program, rank: int, shapes: Sequence[Sequence[int]]) -> tuple
             reached.append(node)
             saved.see(node, values)
 
-        run = _OneRank(Simulation(graph_module, 1, {}, [attributes]), see, None)
+        run = _OneRank(Simulation(graph_module, 1, {}, [attributes]), see, None, saved=saved)
         with saved.counting(), torch.enable_grad():
             try:
                 outputs = run.graph([graph_module], [inputs], "")
@@ -240,9 +268,7 @@ def _kept(program: Program, rank: int, shapes: Sequence[Sequence[int]]) -> tuple
                     why=f"{error}: the number of rows is known only when the program runs",
                     help="measure a real step: tpcompile.activations.Saved counts it",
                 ) from error
-        lines = tuple(_line(value, x, savers, layers) for value, x, savers in saved)
-        del outputs
-    return lines
+    return saved, outputs
 
 
 def _after(graph: torch.fx.Graph, reached: Sequence[torch.fx.Node]) -> torch.fx.Node:
@@ -254,10 +280,10 @@ def _line(value: str, x: torch.Tensor, savers: Sequence[torch.fx.Node | str], la
     first = savers[0]
     names = tuple(s if isinstance(s, str) else s.name for s in savers)
     if isinstance(first, str):
-        op, module, paths = "recompute", first, (first,)
+        op, module, paths = "recompute", first.partition(" ")[0], (first,)
     else:
         op, module, paths = op_name(first), first.meta.get("module") or "", first.meta.get("modules") or ()
-    layer = next((p for p in paths if p in layers), "")
+    layer = next((p for p in layers for path in paths if f"{path}.".startswith(f"{p}.")), "")
     return Kept(value, x.untyped_storage().nbytes(), tuple(x.shape), x.dtype, names, op, module, layer)
 
 
@@ -320,4 +346,4 @@ def _size(n: int | torch.SymInt, sizes: Mapping[sympy.Symbol, int]) -> int:
     return int(n.node.expr.xreplace(sizes)) if isinstance(n, torch.SymInt) else n
 
 
-__all__ = ["Kept", "RankMemory", "Saved", "memory", "resized"]
+__all__ = ["Kept", "RankMemory", "Saved", "memory", "resized", "savers"]

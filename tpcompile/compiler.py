@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from tpcompile.capture import Captured, capture
-from tpcompile.errors import ShardingError, SpecError
+from tpcompile.errors import ShardingError, SpecError, TpcompileError
 from tpcompile.models import default_inputs
 from tpcompile.passes import PIPELINE
-from tpcompile.program import Pass, Program, Stage
+from tpcompile.program import Pass, Program, Recompute, Stage
 from tpcompile.report import sizes_at
 from tpcompile.spec import Spec, find_shipped, resolve, shipped
 
@@ -29,6 +29,7 @@ def rewrite(
     *,
     degree: int,
     example_inputs: Inputs = None,
+    recompute: Recompute = None,
     pipeline: Sequence[Pass] = PIPELINE,
 ) -> Program:
     """The program that each of ``degree`` ranks runs in place of ``model``; no process group, no GPU.
@@ -40,6 +41,8 @@ def rewrite(
         degree: number of ranks.
         example_inputs: keyword arguments as a dict, or positional ones as a tuple; transformers models have
             defaults.
+        recompute: what is run again in backward instead of being kept for it: ``"attention"`` (the scores, softmax,
+            dropout and product with v), ``"layers"`` (every repeated layer), or None.
 
     Raises:
         SpecError: the spec does not parse, or does not fit the model.
@@ -47,12 +50,16 @@ def rewrite(
         ShardingError: the spec asks for a cut that the graph or the degree does not allow.
     """
     check_degree(degree)
+    check_recompute(recompute)
     args, kwargs = call_arguments(model, example_inputs)
     chosen = choose_spec(model, spec)
     start = time.perf_counter()
-    captured = capture(model, args, kwargs)
+    with warnings.catch_warnings():
+        if recompute is not None:  # asked for here instead
+            warnings.filterwarnings("ignore", ".*gradient checkpointing is not part of the captured graph")
+        captured = capture(model, args, kwargs)
     seconds = time.perf_counter() - start
-    return rewrite_captured(captured, chosen, model, degree, (args, kwargs), pipeline, seconds)
+    return rewrite_captured(captured, chosen, model, degree, (args, kwargs), pipeline, seconds, recompute)
 
 
 def rewrite_captured(
@@ -63,6 +70,7 @@ def rewrite_captured(
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
     pipeline: Sequence[Pass] = PIPELINE,
     seconds: float = 0.0,
+    recompute: Recompute = None,
 ) -> Program:
     """The pipeline on a model that is captured already (which took ``seconds``); planned if there is no spec."""
     if spec is None:
@@ -72,7 +80,7 @@ def rewrite_captured(
     claims = resolve(
         spec, captured.module_classes, list(captured.parameters), captured.aliases, getattr(model, "config", None)
     )
-    program = Program(captured, captured.graph_module, degree, spec=spec, claims=claims)
+    program = Program(captured, captured.graph_module, degree, spec=spec, claims=claims, recompute=recompute)
     program = program.with_(sizes=sizes_at(program, captured.flatten(*inputs)))
     history = [Stage("capture", seconds, program)]
     for step in pipeline:
@@ -117,6 +125,15 @@ def call_arguments(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[Any,
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     return tuple(example_inputs), {}
+
+
+def check_recompute(recompute: Any) -> None:
+    """Refuse what is no way of recomputing."""
+    if recompute not in (None, "attention", "layers"):
+        raise TpcompileError(
+            f"recompute must be \"attention\", \"layers\" or None, not {recompute!r}",
+            help='"attention" keeps no scores for backward, "layers" keeps only the inputs of each layer',
+        )
 
 
 def check_degree(degree: Any) -> None:

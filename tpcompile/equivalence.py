@@ -27,7 +27,7 @@ from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.errors import TpcompileError
 from tpcompile.layout import Concat, Layout, Leaf, Owned, Product, axes_of, concat, product, size, whole_segments
 from tpcompile.placement import Placement
-from tpcompile.program import Program, where
+from tpcompile.program import Program, Recompute, where
 from tpcompile.report import Collective, held
 from tpcompile.rules import op_name
 from tpcompile.simulate import Simulation
@@ -83,6 +83,7 @@ def verify(
     *,
     degree: int,
     example_inputs: Inputs = None,
+    recompute: Recompute = None,
     tolerance: float = TOLERANCE,
 ) -> Report:
     """Prove that ``degree`` ranks compute what ``model`` does, forward and backward. One process, no GPU.
@@ -98,7 +99,7 @@ def verify(
             why="it runs the model",
             help="build the model on the CPU (random weights will do)",
         )
-    program = rewrite(model, spec, degree=degree, example_inputs=example_inputs)
+    program = rewrite(model, spec, degree=degree, example_inputs=example_inputs, recompute=recompute)
     return verify_program(program, model, example_inputs, tolerance=tolerance)
 
 

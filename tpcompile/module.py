@@ -27,14 +27,19 @@ from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, install, module_at, repeated_layers
 from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
-from tpcompile.program import Program
+from tpcompile.program import Program, Recompute
 from tpcompile.spec import Spec
 
 MAX_VARIANTS = 16
 
 
 def compile(
-    model: nn.Module, spec: SpecLike = None, *, example_inputs: Inputs = None, mesh: DeviceMesh | None = None
+    model: nn.Module,
+    spec: SpecLike = None,
+    *,
+    example_inputs: Inputs = None,
+    mesh: DeviceMesh | None = None,
+    recompute: Recompute = None,
 ) -> TensorParallel:
     """This rank's module: called, trained and saved like ``model``, with the same signature and outputs.
 
@@ -45,6 +50,7 @@ def compile(
         spec: a path to a ``.tpspec``, a :class:`Spec`, or None for the shipped spec of the model's class, or a plan.
         example_inputs: keyword arguments as a dict, or positional ones as a tuple; transformers models have defaults.
         mesh: a 1-D DeviceMesh, or one with a dim called ``tp``; None for all ranks.
+        recompute: what is run again in backward instead of being kept, as for :func:`tpcompile.rewrite`.
 
     Raises:
         TpcompileError: see :func:`tpcompile.rewrite`; and when there is no process group, when parameters are on the
@@ -58,7 +64,8 @@ def compile(
             why="compile gives every rank its part of the weights",
             help="load the weights first; for a model without weights use tpcompile.rewrite or the command line",
         )
-    program = rewrite(model, spec, degree=group.size(), example_inputs=call_arguments_as_inputs(model, example_inputs))
+    inputs = call_arguments_as_inputs(model, example_inputs)
+    program = rewrite(model, spec, degree=group.size(), example_inputs=inputs, recompute=recompute)
     _check_same(program, group)
     _check_same_weights(model, group)
     assert program.spec is not None, "rewrite finds or plans one"
@@ -99,7 +106,7 @@ def _check_same(program: Program, group: dist.ProcessGroup) -> None:
         f"{n}: {tuple(p.shape)} {p.dtype} as {_layout_text(program.parameters.get(n, ()), program.mesh)}"
         for n, p in program.captured.parameters.items()
     )
-    described = f"{parameters}\n{program.text()}"
+    described = f"{parameters}\nrecompute: {program.recompute}\n{program.text()}"
     check_same_program(f"{torch.__version__}\n{described}", group, described)
 
 
@@ -231,7 +238,8 @@ class TensorParallel(nn.Module):
         if skeleton.training != self.training:
             skeleton.train(self.training)
         try:
-            program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs)
+            recompute = self.program.recompute
+            program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs, recompute)
         except TpcompileError as error:
             raise error from refused
         _check_same(program, self._group)
@@ -274,14 +282,19 @@ class TensorParallel(nn.Module):
 
 
 def rewrite_call(
-    model: nn.Module, spec: Spec, degree: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    spec: Spec,
+    degree: int,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    recompute: Recompute = None,
 ) -> Program:
     """The program for one call, positional and keyword arguments as they come."""
     from tpcompile.capture import capture
     from tpcompile.compiler import rewrite_captured
 
     captured = capture(model, args, kwargs)
-    return rewrite_captured(captured, spec, model, degree, (args, kwargs))
+    return rewrite_captured(captured, spec, model, degree, (args, kwargs), recompute=recompute)
 
 
 def captured_name(program: Program, name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import sympy
 import torch
@@ -26,6 +26,10 @@ from tpcompile.structure import Atom, Pin, Term
 if TYPE_CHECKING:
     from tpcompile.report import Collective, Line
     from tpcompile.spec import Claim, Spec
+
+
+Recompute = Literal["attention", "layers"] | None
+"""What runs again in backward: the attention cores (scores, softmax, dropout, product with v), whole layers, nothing."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Program:
     early: frozenset[tuple[str, int]] = frozenset()  # (node, mesh axis) that run behind f
     table: Mapping[str, Row] = field(default_factory=dict[str, Row])
     emitted: bool = False
+    recompute: Recompute = None  # what is run again in backward
     sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict[sympy.Symbol, int])  # at the example inputs
     history: tuple[Stage, ...] = ()  # capture first, then the passes in order
 
@@ -178,4 +183,4 @@ def where(node: torch.fx.Node) -> Where:
     return replace(base, module=node.meta.get("module") or None, op=op_name(node))
 
 
-__all__ = ["Cut", "Pass", "Pin", "Program", "Row", "Structure", "copy_graph", "where"]
+__all__ = ["Cut", "Pass", "Pin", "Program", "Recompute", "Row", "Structure", "copy_graph", "where"]
