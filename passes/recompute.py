@@ -9,6 +9,7 @@ a region next to each other and marks them (``tpcompile/recomputation.py``).
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 
@@ -33,7 +34,7 @@ SOFTMAX = _ops("softmax.int _softmax _safe_softmax")
 PRODUCTS = _ops("matmul bmm mm mv baddbmm addmm linear einsum scaled_dot_product_attention conv1d conv2d _grouped_mm")
 CHEAP = _ops(
     "view reshape transpose.int permute unsqueeze squeeze.dim expand contiguous clone slice.Tensor select.int "
-    "mul.Scalar div.Scalar to.dtype _to_copy repeat_interleave.self_int"
+    "mul.Scalar div.Scalar to.dtype _to_copy repeat_interleave.self_int logical_not bitwise_not"
 )
 """Ops in front of the products that are run again too: what they are given is no larger than what they make."""
 
@@ -178,7 +179,7 @@ def _together(graph: torch.fx.Graph, core: set[torch.fx.Node], mutable: bool) ->
 
 def _reorder(graph: torch.fx.Graph, order: Sequence[torch.fx.Node]) -> None:
     assert len(order) == len(graph.nodes)
-    for node, following in zip(order, order[1:], strict=False):
+    for node, following in itertools.pairwise(order):
         node.append(following)
 
 

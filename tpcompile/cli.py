@@ -44,7 +44,7 @@ from tpcompile.errors import SpecError, TpcompileError
 if TYPE_CHECKING:
     from tpcompile.activations import RankMemory
     from tpcompile.models import Loaded
-    from tpcompile.program import Line, Program
+    from tpcompile.program import Line, Program, Recompute
 
 OK, FAILED, USAGE, DEFECT, INTERRUPTED = 0, 1, 2, 70, 130
 
@@ -66,6 +66,14 @@ SpecFile = Annotated[
     ),
 ]
 Degree = Annotated[int, typer.Option("--tp", metavar="N", min=1, help="The number of ranks.")]
+Again = Annotated[
+    str | None,
+    typer.Option(
+        "--recompute",
+        metavar="WHAT",
+        help="Run again in backward instead of keeping: `attention` (scores to the product with v) or `layers`.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an internal error.")]
 
@@ -179,19 +187,27 @@ def example_inputs(loaded: Loaded) -> Mapping[str, object] | tuple[object, ...]:
     return {**bound.arguments, **loaded.kwargs}
 
 
-def rewritten(model: str, spec: str | None, degree: int, training: bool = False) -> tuple[Loaded, Program]:
+def rewritten(
+    model: str, spec: str | None, degree: int, recompute: str | None = None, training: bool = False
+) -> tuple[Loaded, Program]:
     """The model that MODEL names, and its program for ``degree`` ranks; in train mode if ``training``."""
     import tpcompile
 
     loaded = load(model, weights=False)
     if training:
         loaded.model.train()
-    return loaded, tpcompile.rewrite(loaded.model, spec, degree=degree, example_inputs=example_inputs(loaded))
+    inputs, again = example_inputs(loaded), cast("Recompute", recompute)
+    return loaded, tpcompile.rewrite(loaded.model, spec, degree=degree, example_inputs=inputs, recompute=again)
 
 
 @app.command()
 def verify(
-    model: ModelText, spec: SpecFile = None, tp: Degree = 2, json: Json = False, traceback: Traceback = False
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    recompute: Again = None,
+    json: Json = False,
+    traceback: Traceback = False,
 ) -> None:
     """Prove that N ranks equal one device.
 
@@ -203,7 +219,8 @@ def verify(
         from tpcompile.report import held_text
 
         loaded = load(model, weights=True)
-        report = tpcompile.verify(loaded.model, spec, degree=tp, example_inputs=example_inputs(loaded))
+        inputs, again = example_inputs(loaded), cast("Recompute", recompute)
+        report = tpcompile.verify(loaded.model, spec, degree=tp, example_inputs=inputs, recompute=again)
         document = {
             "ok": report.ok,
             "model": loaded.label,
@@ -294,7 +311,12 @@ def diff(
 
 @app.command()
 def comm(
-    model: ModelText, spec: SpecFile = None, tp: Degree = 2, json: Json = False, traceback: Traceback = False
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    recompute: Again = None,
+    json: Json = False,
+    traceback: Traceback = False,
 ) -> None:
     """List every collective and its bytes.
 
@@ -302,7 +324,7 @@ def comm(
     """
 
     def work() -> Answer:
-        loaded, program = rewritten(model, spec, tp)
+        loaded, program = rewritten(model, spec, tp, recompute)
         collectives = program.collectives
         document = {
             "ok": True,
@@ -324,6 +346,7 @@ def memory(
     tp: Degree = 2,
     batch: Annotated[int | None, typer.Option("--batch", metavar="B", min=1, help="Batch size.")] = None,
     length: Annotated[int | None, typer.Option("--length", metavar="S", min=1, help="Sequence length.")] = None,
+    recompute: Again = None,
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -336,17 +359,19 @@ def memory(
         from tpcompile.activations import memory as memory_of
         from tpcompile.activations import resized
 
-        loaded, program = rewritten(model, spec, tp, training=True)
+        loaded, program = rewritten(model, spec, tp, recompute, training=True)
         inputs = resized(program, batch, length)
         ranks = memory_of(program, inputs)
+        given = {x.path: list(made.shape) for x, made in zip(program.captured.inputs, inputs, strict=True)}
         document = {
             "ok": True,
             "model": loaded.label,
             "degree": tp,
-            "inputs": {x.path: list(given.shape) for x, given in zip(program.captured.inputs, inputs, strict=True)},
+            "recompute": recompute,
+            "inputs": given,
             "ranks": [memory_document(rank) for rank in ranks],
         }
-        shapes = ", ".join(f"{path} {shape}" for path, shape in document["inputs"].items())
+        shapes = ", ".join(f"{path} {shape}" for path, shape in given.items())
         head = ("rank", "parameters", "gradients", "AdamW", "activations", "in all")
         states = [(rank.parameters, rank.gradients, rank.adamw, rank.activations) for rank in ranks]
         rows = tuple((str(n), *map(byte_text, (*each, sum(each)))) for n, each in enumerate(states))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 Recompute = Literal["attention", "layers"] | None
-"""What runs again in backward: the attention cores (scores, softmax, dropout, product with v), whole layers, nothing."""
+"""What runs again in backward: attention cores (scores, softmax, dropout, product with v), layers, or nothing."""
 
 
 @dataclass(frozen=True)

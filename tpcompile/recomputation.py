@@ -58,7 +58,10 @@ def recompute(function: Callable[..., Any], *args: Any, random: bool = True) -> 
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 
 
-def folded(graph: torch.fx.Graph, function_of: Callable[[torch.fx.Graph, Region], Callable[..., Any]]) -> torch.fx.Graph:
+FunctionOf = Callable[[torch.fx.Graph, Region], Callable[..., Any]]
+
+
+def folded(graph: torch.fx.Graph, function_of: FunctionOf) -> torch.fx.Graph:
     """The graph with each region as one call of ``function_of(its graph, region)``; itself if there is none."""
     found = regions(graph)
     if not found:
