@@ -10,6 +10,7 @@ a region next to each other and marks them (``tpcompile/recomputation.py``).
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 from collections.abc import Sequence
 
@@ -40,7 +41,7 @@ CHEAP = _ops(
 
 
 def recompute(program: Program) -> Program:
-    """Mark what ``program.recompute`` asks for; raises ShardingError where running nodes twice would change the model."""
+    """Mark what ``program.recompute`` asks for; raises ShardingError for what cannot be run twice."""
     if program.recompute is None:
         return program
     module, graph = copy_graph(program.graph_module)
@@ -49,7 +50,7 @@ def recompute(program: Program) -> Program:
         what = "no repeated layers" if program.recompute == "layers" else "no softmax between two products"
         warnings.warn(f"recompute={program.recompute!r} has no effect: the graph has {what}", stacklevel=2)
     savers = _savers(program)
-    for name, nodes in found:
+    for name, nodes in [(name, _without_items(nodes)) for name, nodes in found]:
         for node in nodes:
             if has_effect(node) and not is_random(node):
                 raise ShardingError(
@@ -64,6 +65,20 @@ def recompute(program: Program) -> Program:
     graph.lint()
     module.recompile()
     return program.with_(graph_module=module)
+
+
+def _without_items(nodes: list[torch.fx.Node]) -> list[torch.fx.Node]:
+    """The nodes but for those that take one tensor out of several made outside: these move to where they are made.
+
+    What a region is given is tensors: those inside of a tuple would be kept without autograd's knowledge.
+    """
+    own = set(nodes)
+    items = {n for n in nodes if n.target is operator.getitem and n.args[0] not in own}
+    for node in items:
+        (made,) = node.all_input_nodes
+        made.append(node)
+        node.meta |= {key: made.meta[key] for key in ("module", "modules") if key in made.meta}
+    return [node for node in nodes if node not in items]
 
 
 def _savers(program: Program) -> frozenset[str] | None:

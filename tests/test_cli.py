@@ -96,9 +96,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             explain=lambda name: f"{name} is cut because of line 3",
         )
 
-    def verify(
-        model: object, spec: object, *, degree: int, example_inputs: object, recompute: object = None
-    ) -> Report:
+    def verify(model: object, spec: object, *, degree: int, example_inputs: object, recompute: object = None) -> Report:
         answers.calls.append(("verify", spec, degree))
         return answers.report
 

@@ -131,7 +131,7 @@ def check_recompute(recompute: Any) -> None:
     """Refuse what is no way of recomputing."""
     if recompute not in (None, "attention", "layers"):
         raise TpcompileError(
-            f"recompute must be \"attention\", \"layers\" or None, not {recompute!r}",
+            f'recompute must be "attention", "layers" or None, not {recompute!r}',
             help='"attention" keeps no scores for backward, "layers" keeps only the inputs of each layer',
         )
 

@@ -7,7 +7,7 @@ is the model's own and the decisions are tables beside it; after ``emit`` the gr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from tpcompile.sentence import Call, tensor_operands
 from tpcompile.structure import Atom, Pin, Term
 
 if TYPE_CHECKING:
+    from tpcompile.activations import RankMemory
     from tpcompile.report import Collective, Line
     from tpcompile.spec import Claim, Spec
 
@@ -127,6 +128,12 @@ class Program:
         from tpcompile.report import collectives_of
 
         return collectives_of(self, self.sizes)
+
+    def memory(self, inputs: Sequence[torch.Tensor] | None = None) -> tuple[RankMemory, ...]:
+        """What each rank holds in a training step, at the sizes of the example inputs or of ``inputs``."""
+        from tpcompile.activations import memory
+
+        return memory(self, inputs)
 
     def lines(self) -> tuple[Line, ...]:
         """One line per value."""
