@@ -19,8 +19,11 @@ import tpcompile
 from tpcompile import cli, shards, simulate
 from tpcompile.activations import Kept, Saved, memory, resized
 from tpcompile.compiler import rewrite
+from tpcompile.errors import TpcompileError
+from tpcompile.models import default_inputs
 from tpcompile.program import Program, copy_graph
 from tpcompile.simulate import Simulation
+from tpcompile.spec import Spec
 
 transformers = zoo._transformers
 
@@ -153,6 +156,20 @@ def test_what_is_dead_or_free_does_not_count() -> None:
     assert saved.bytes == kept.untyped_storage().nbytes()
     del views, kept
     assert saved.bytes == 0
+
+
+def test_what_depends_on_data_is_refused() -> None:
+    from test_experts import ALONG, mixture
+
+    model = mixture("mixtral").train()
+    given = default_inputs(model)[1]
+    memory(tpcompile.rewrite(model, Spec.parse(ALONG["inner"]), degree=2, example_inputs=given))
+    cut = tpcompile.rewrite(model, Spec.parse(ALONG["experts"]), degree=2, example_inputs=given)
+    with pytest.raises(TpcompileError) as caught:
+        memory(cut)
+    assert caught.value.what == "what grouped_product keeps for backward depends on data"
+    assert caught.value.where is not None
+    assert caught.value.where.module == "model.layers.0.mlp.experts"
 
 
 # ---------------------------------------------------------------------------------------------------- the formula
