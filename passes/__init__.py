@@ -14,6 +14,7 @@ from tpcompile.passes.in_place import in_place
 from tpcompile.passes.independent_dropout import independent_dropout
 from tpcompile.passes.parameter_copies import parameter_copies
 from tpcompile.passes.place import place
+from tpcompile.passes.recompute import recompute
 from tpcompile.passes.sequence_parallel import sequence_parallel
 from tpcompile.passes.structure import structure
 from tpcompile.passes.tidy import tidy
@@ -37,6 +38,7 @@ PIPELINE: tuple[Pass, ...] = (
     parameter_copies,  # gradients of whole parameters in cut regions: one bucket
     wide_reductions,  # if asked: sums over ranks in float32
     in_place,  # all-reduces that may overwrite what they sum
+    recompute,  # if asked: what is run again in backward instead of being kept
 )
 
 __all__ = ["PIPELINE"]

@@ -60,8 +60,7 @@ def sequence_parallel(program: Program) -> Program:
 
 
 def _partial_sums_first(program: Program) -> Program:
-    """``(x + p) + q`` of partial sums p and q becomes ``x + (p + q)``: spread x could not take p without a reduce-scatter
-    of p alone (Cohere's parallel residual)."""
+    """``(x + p) + q`` of partial sums p and q becomes ``x + (p + q)``: one reduce-scatter (as in Cohere)."""
     changed: list[tuple[str, str, str]] = []
     for node in program.graph.nodes:
         if not _adds(node) or node.name not in program.keep or len(node.users) != 1:

@@ -84,7 +84,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         answers.calls.append(("load", text, weights))
         return SimpleNamespace(model=torch.nn.Linear(8, 8), args=(torch.zeros(2, 8),), kwargs={}, label="Tiny")
 
-    def rewrite(model: object, spec: object, *, degree: int, example_inputs: object) -> SimpleNamespace:
+    def rewrite(
+        model: object, spec: object, *, degree: int, example_inputs: object, **options: object
+    ) -> SimpleNamespace:
         answers.calls.append(("rewrite", spec, degree))
         return SimpleNamespace(
             lines=lambda: answers.lines,
@@ -94,7 +96,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             explain=lambda name: f"{name} is cut because of line 3",
         )
 
-    def verify(model: object, spec: object, *, degree: int, example_inputs: object) -> Report:
+    def verify(model: object, spec: object, *, degree: int, example_inputs: object, **options: object) -> Report:
         answers.calls.append(("verify", spec, degree))
         return answers.report
 

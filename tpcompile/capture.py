@@ -173,6 +173,10 @@ class Captured:
                 help=f"pass {example.dim()} dims, or compile with example_inputs of that rank",
             )
 
+    def check_shapes(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Raise `CaptureError` unless the graph is valid for inputs of these shapes, in placeholder order."""
+        self._check_sizes(tuple(torch.Size(shape) for shape in shapes))
+
     def _check_sizes(self, sizes: tuple[torch.Size, ...]) -> None:
         places = [(i, dim) for i, wanted in enumerate(self.inputs) for dim in range(wanted.example.dim())]
         expected: int | torch.SymInt

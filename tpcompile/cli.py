@@ -29,9 +29,11 @@ from tpcompile.display import (
     Block,
     Table,
     Verdict,
+    byte_text,
     collectives_line,
     collectives_table,
     listing,
+    memory_table,
     stage_diff,
     time_text,
     write,
@@ -40,8 +42,9 @@ from tpcompile.display import (
 from tpcompile.errors import SpecError, TpcompileError
 
 if TYPE_CHECKING:
+    from tpcompile.activations import RankMemory
     from tpcompile.models import Loaded
-    from tpcompile.program import Asked, Line, Program
+    from tpcompile.program import Asked, Line, Program, Recompute
 
 OK, FAILED, USAGE, DEFECT, INTERRUPTED = 0, 1, 2, 70, 130
 
@@ -63,6 +66,14 @@ SpecFile = Annotated[
     ),
 ]
 Degree = Annotated[int, typer.Option("--tp", metavar="N", min=1, help="The number of ranks.")]
+Again = Annotated[
+    str | None,
+    typer.Option(
+        "--recompute",
+        metavar="WHAT",
+        help="Run again in backward instead of keeping: `attention` (scores to the product with v) or `layers`.",
+    ),
+]
 SequenceParallel = Annotated[
     bool,
     typer.Option("--sequence-parallel", help="Spread norms, dropout and residuals over the ranks, by positions."),
@@ -180,11 +191,20 @@ def example_inputs(loaded: Loaded) -> Mapping[str, object] | tuple[object, ...]:
     return {**bound.arguments, **loaded.kwargs}
 
 
-def rewritten(model: str, spec: str | None, degree: int, **options: Unpack[Asked]) -> tuple[Loaded, Program]:
-    """The model that MODEL names, and its program for ``degree`` ranks."""
+def asked(sequence_parallel: bool, recompute: str | None) -> Asked:
+    """The options of a compile; what ``recompute`` may be is checked there."""
+    return {"sequence_parallel": sequence_parallel, "recompute": cast("Recompute", recompute)}
+
+
+def rewritten(
+    model: str, spec: str | None, degree: int, training: bool = False, **options: Unpack[Asked]
+) -> tuple[Loaded, Program]:
+    """The model that MODEL names, and its program for ``degree`` ranks; in train mode if ``training``."""
     import tpcompile
 
     loaded = load(model, weights=False)
+    if training:
+        loaded.model.train()
     inputs = example_inputs(loaded)
     return loaded, tpcompile.rewrite(loaded.model, spec, degree=degree, example_inputs=inputs, **options)
 
@@ -195,6 +215,7 @@ def verify(
     spec: SpecFile = None,
     tp: Degree = 2,
     sequence_parallel: SequenceParallel = False,
+    recompute: Again = None,
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -209,9 +230,8 @@ def verify(
 
         loaded = load(model, weights=True)
         inputs = example_inputs(loaded)
-        report = tpcompile.verify(
-            loaded.model, spec, degree=tp, example_inputs=inputs, sequence_parallel=sequence_parallel
-        )
+        options = asked(sequence_parallel, recompute)
+        report = tpcompile.verify(loaded.model, spec, degree=tp, example_inputs=inputs, **options)
         document = {
             "ok": report.ok,
             "model": loaded.label,
@@ -308,6 +328,7 @@ def comm(
     spec: SpecFile = None,
     tp: Degree = 2,
     sequence_parallel: SequenceParallel = False,
+    recompute: Again = None,
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -317,7 +338,7 @@ def comm(
     """
 
     def work() -> Answer:
-        loaded, program = rewritten(model, spec, tp, sequence_parallel=sequence_parallel)
+        loaded, program = rewritten(model, spec, tp, **asked(sequence_parallel, recompute))
         collectives = program.collectives
         document = {
             "ok": True,
@@ -330,6 +351,71 @@ def comm(
         return Answer(document, (collectives_table(collectives), "", "bytes: sent per rank"))
 
     respond(work, json, traceback)
+
+
+@app.command()
+def memory(
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    batch: Annotated[int | None, typer.Option("--batch", metavar="B", min=1, help="Batch size.")] = None,
+    length: Annotated[int | None, typer.Option("--length", metavar="S", min=1, help="Sequence length.")] = None,
+    sequence_parallel: SequenceParallel = False,
+    recompute: Again = None,
+    json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """List what every rank holds in a training step.
+
+    Parameters, gradients, AdamW states, and each value that autograd keeps for backward: of which op, shape and bytes.
+    """
+
+    def work() -> Answer:
+        from tpcompile.activations import memory as memory_of
+        from tpcompile.activations import resized
+
+        loaded, program = rewritten(model, spec, tp, training=True, **asked(sequence_parallel, recompute))
+        inputs = resized(program, batch, length)
+        ranks = memory_of(program, inputs)
+        given = {x.path: list(made.shape) for x, made in zip(program.captured.inputs, inputs, strict=True)}
+        document = {
+            "ok": True,
+            "model": loaded.label,
+            "degree": tp,
+            "recompute": recompute,
+            "inputs": given,
+            "ranks": [memory_document(rank) for rank in ranks],
+        }
+        shapes = ", ".join(f"{path} {shape}" for path, shape in given.items())
+        head = ("rank", "parameters", "gradients", "AdamW", "activations", "in all")
+        states = [(rank.parameters, rank.gradients, rank.adamw, rank.activations) for rank in ranks]
+        rows = tuple((str(n), *map(byte_text, (*each, sum(each)))) for n, each in enumerate(states))
+        fullest = max(range(tp), key=lambda rank: ranks[rank].activations)
+        return Answer(
+            document,
+            (
+                f"one training step of {loaded.label} with {shapes}",
+                "",
+                Table(head, rows, right=frozenset(range(1, 6))),
+                "",
+                f"kept for backward on rank {fullest}:",
+                memory_table(ranks[fullest].kept),
+            ),
+        )
+
+    respond(work, json, traceback)
+
+
+def memory_document(rank: RankMemory) -> Mapping[str, object]:
+    """One rank's memory for programs."""
+    return {
+        "parameters": rank.parameters,
+        "gradients": rank.gradients,
+        "adamw": rank.adamw,
+        "activations": rank.activations,
+        "layers": dict(rank.layers),
+        "kept": [{**dataclasses.asdict(line), "dtype": str(line.dtype)} for line in rank.kept],
+    }
 
 
 @app.command()

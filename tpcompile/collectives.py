@@ -12,7 +12,8 @@ between versions is in this file. Tried on torch 2.11, 2.13 and 2.15.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, cast
@@ -242,8 +243,25 @@ def group_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
 
+_seats: dict[str, tuple[int, int]] = {}
+
+
+@contextlib.contextmanager
+def seated(seats: Mapping[str, tuple[int, int]]) -> Generator[None]:
+    """Be the rank that has this index and size in each of the named groups: to run its code on fake tensors alone."""
+    before = dict(_seats)
+    _seats.update(seats)
+    try:
+        yield
+    finally:
+        _seats.clear()
+        _seats.update(before)
+
+
 def _seat(group: str) -> tuple[int, int]:
     """This rank's index in ``group``, and the group's size; a constant of the program when traced."""
+    if group in _seats:
+        return _seats[group]
     found = resolve_group(group)
     return found.rank(), found.size()
 

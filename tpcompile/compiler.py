@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -48,12 +49,16 @@ def rewrite(
         ShardingError: the spec asks for a cut that the graph or the degree does not allow.
     """
     check_degree(degree)
+    asked = Options(**options)
     args, kwargs = call_arguments(model, example_inputs)
     chosen = choose_spec(model, spec)
     start = time.perf_counter()
-    captured = capture(model, args, kwargs)
+    with warnings.catch_warnings():
+        if asked.recompute is not None:  # asked for here instead
+            warnings.filterwarnings("ignore", ".*gradient checkpointing is not part of the captured graph")
+        captured = capture(model, args, kwargs)
     seconds = time.perf_counter() - start
-    return rewrite_captured(captured, chosen, model, degree, (args, kwargs), pipeline, seconds, Options(**options))
+    return rewrite_captured(captured, chosen, model, degree, (args, kwargs), pipeline, seconds, asked)
 
 
 def rewrite_captured(

@@ -17,6 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from tpcompile.activations import Kept
     from tpcompile.errors import TpcompileError
     from tpcompile.program import Line
     from tpcompile.report import Collective
@@ -256,6 +257,55 @@ def collectives_table(collectives: Iterable[Collective]) -> Table:
     total_row = ("total", "", "", "", "", str(times), byte_text(total), "")
     head = ("module", "kind", "direction", "shape", "bytes", "times", "bytes in all", "where")
     return Table(head, (*rows, total_row), right=frozenset({4, 5, 6}))
+
+
+def memory_table(kept: Iterable[Kept]) -> Table:
+    """What one rank keeps for backward, lines of alike layers in one row, and rows with the totals."""
+    groups: dict[tuple[str, str, str, str, str, int], list[int]] = {}
+    times: dict[tuple[str, str, str, str, str, int], int] = {}
+    totals: dict[str, int] = {}
+    for line in kept:
+        layer = layer_of(line.module) if line.layer else None
+        place = line.module
+        if layer is not None:
+            place = ".".join(part for part in (layer[0], "{}", inside(place, layer[0])) if part)
+        value = re.sub(r"_\d+$", "", line.value) or "(its own)"
+        key = (place, value, line.op, str(line.shape), str(line.dtype).removeprefix("torch."), line.bytes)
+        groups.setdefault(key, []).extend(layer[1:] if layer else ())
+        times[key] = times.get(key, 0) + 1
+        name = line.layer or "(outside of layers)"
+        totals[name] = totals.get(name, 0) + line.bytes
+    rows = [
+        (
+            place.replace("{}", "{" + range_text(sorted(set(groups[key]))) + "}") or "(root)",
+            value,
+            op.removeprefix("aten.").removesuffix(".default"),
+            shape,
+            dtype,
+            byte_text(each),
+            str(times[key]),
+            byte_text(each * times[key]),
+        )
+        for key in groups
+        for place, value, op, shape, dtype, each in (key,)
+    ]
+    rows += [(name, "", "", "", "", "", "", byte_text(count)) for name, count in _alike_totals(totals)]
+    rows.append(("total", "", "", "", "", "", str(sum(times.values())), byte_text(sum(totals.values()))))
+    head = ("module", "value", "kept by", "shape", "dtype", "bytes", "times", "bytes in all")
+    return Table(head, tuple(rows), right=frozenset({5, 6, 7}))
+
+
+def _alike_totals(totals: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """``h.{0..11} each`` where alike layers have equal totals, else the layer itself."""
+    groups: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    for name, count in totals.items():
+        layer = layer_of(name)
+        groups.setdefault((layer[0] if layer else name, count), []).append((name, layer[1] if layer else 0))
+    for (container, count), found in groups.items():
+        if len(found) == 1:
+            yield f"total of {found[0][0]}", count
+        else:
+            yield f"total of each of {container}.{{{range_text(sorted(n for _, n in found))}}}", count
 
 
 def collectives_line(collectives: Iterable[Collective]) -> str:

@@ -23,7 +23,7 @@ def embedding_rows(weight: torch.Tensor, ids: torch.Tensor, held: Runs, padding_
     Raises:
         IndexError: an id lies outside the table (checked on the CPU, as ``aten.embedding`` does).
     """
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+    if _readable(ids):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= total:
             raise IndexError(f"index out of range: ids run from {low} to {high}, the embedding has {total} rows")
@@ -44,7 +44,7 @@ def gather_part(x: torch.Tensor, dim: int, index: torch.Tensor, held: Runs, tota
     Raises:
         IndexError: an index lies outside the dim (checked on the CPU, as ``aten.gather`` does).
     """
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+    if _readable(index):
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= total:
             raise IndexError(f"index out of range: it runs from {low} to {high}, the dim has {total} positions")
@@ -81,6 +81,11 @@ def keep_rows(x: torch.Tensor, dim: int, offs: torch.Tensor, held: Runs) -> torc
     for start, length in held:
         mine = mine | ((at >= ends[start]) & (at < ends[start + length]))
     return x.masked_fill(~mine.view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())]), 0)
+
+
+def _readable(x: torch.Tensor) -> bool:
+    """Whether the values of ``x`` can be looked at for nothing: on the CPU, not traced, and not a fake."""
+    return x.device.type == "cpu" and type(x) is torch.Tensor and not torch.compiler.is_compiling() and x.numel() > 0
 
 
 def _locate(index: torch.Tensor, held: Runs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ import torch.fx
 from torch import nn
 
 from tpcompile.effects import is_random
+from tpcompile.recomputation import Region, folded, recompute
 
 
 class Layer(nn.Module):
@@ -32,7 +33,7 @@ class Layer(nn.Module):
 
 
 @dataclass
-class _Segment:
+class Segment:
     """Consecutive nodes of one layer (or of the root, path None)."""
 
     path: str | None
@@ -57,7 +58,6 @@ def nest(graph: torch.fx.Graph, layers: frozenset[str]) -> tuple[torch.fx.Graph,
 
     Attributes are read where they are used; those of another module than the layer's own are passed in.
     """
-    segments = _segments(graph, layers)
     root = torch.fx.Graph()
     env: dict[torch.fx.Node, torch.fx.Node] = {}
     inside: list[tuple[str, torch.fx.Graph]] = []
@@ -68,7 +68,7 @@ def nest(graph: torch.fx.Graph, layers: frozenset[str]) -> tuple[torch.fx.Graph,
             env[node] = root.create_node("get_attr", node.target, name=node.name)
         return env[node]
 
-    for segment in segments:
+    for segment in segments(graph, layers):
         if segment.path is None:
             for node in segment.nodes:
                 if node.op != "get_attr":
@@ -89,15 +89,15 @@ def nest(graph: torch.fx.Graph, layers: frozenset[str]) -> tuple[torch.fx.Graph,
     return root, inside
 
 
-def _segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[_Segment]:
+def segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[Segment]:
     """Runs of nodes of one layer; nodes outside that need nothing of the open layer go in front of it.
 
     What draws random numbers stays where it is: they are drawn in the order of one device. Sizes are computed outside:
     the trace has each of them once, wherever it is first needed, and alike layers are to stay alike.
     """
-    done: list[_Segment] = []
+    done: list[Segment] = []
     before: list[torch.fx.Node] = []
-    current: _Segment | None = None
+    current: Segment | None = None
     reached: set[torch.fx.Node] = set()
     moves = not any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.nodes)
     for node in graph.nodes:
@@ -111,10 +111,10 @@ def _segments(graph: torch.fx.Graph, layers: frozenset[str]) -> list[_Segment]:
             continue
         if current is None or path != current.path:
             if current is not None:
-                done += [_Segment(None, before), current]
-            current, before, reached = (_Segment(path) if path else None), [], set()
+                done += [Segment(None, before), current]
+            current, before, reached = (Segment(path) if path else None), [], set()
             if path is None:
-                done.append(_Segment(None, [node]))
+                done.append(Segment(None, [node]))
                 continue
         assert current is not None
         current.nodes.append(node)
@@ -127,7 +127,7 @@ def _is_size(node: torch.fx.Node) -> bool:
 
 
 def _layer_graph(
-    segment: _Segment, own: set[torch.fx.Node]
+    segment: Segment, own: set[torch.fx.Node]
 ) -> tuple[torch.fx.Graph, list[torch.fx.Node], list[torch.fx.Node]]:
     """Code of one call: names without the numbers that tell alike layers apart."""
     prefix = f"{segment.path}."
@@ -161,9 +161,11 @@ class Functions:
 
     def __init__(self) -> None:
         self._made: dict[str, Callable[..., Any]] = {}
+        self._again: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
 
     def of(self, graph: torch.fx.Graph) -> Callable[..., Any]:
-        """``forward(self, ...)`` of the graph, reading parameters from ``self``."""
+        """``forward(self, ...)`` of the graph, reading parameters from ``self``; regions of it are recomputed."""
+        graph = folded(graph, self._recomputed)
         code = graph.python_code("self")
         key = code.src + "".join(f"{k}={id(v)}" for k, v in sorted(code.globals.items()))
         if key not in self._made:
@@ -173,6 +175,18 @@ class Functions:
             exec(compile(code.src, file, "exec"), space)
             self._made[key] = space["forward"]
         return self._made[key]
+
+    def _recomputed(self, graph: torch.fx.Graph, region: Region) -> Callable[..., Any]:
+        """What runs a region's graph; it reads nothing from ``self``."""
+        function = self.of(graph)
+        key = (function, region.random)
+        if key not in self._again:
+
+            def recomputed(*args: Any) -> Any:
+                return recompute(function, None, *args, random=region.random)
+
+            self._again[key] = recomputed
+        return self._again[key]
 
 
 def module_at(root: nn.Module, path: str, layers: Iterable[str]) -> nn.Module:
@@ -206,4 +220,4 @@ def install(
     return functions.of(root)
 
 
-__all__ = ["Functions", "Layer", "install", "module_at", "nest", "repeated_layers"]
+__all__ = ["Functions", "Layer", "install", "module_at", "nest", "repeated_layers", "segments"]

@@ -106,7 +106,7 @@ def _check_same(program: Program, group: dist.ProcessGroup) -> None:
         f"{n}: {tuple(p.shape)} {p.dtype} as {_layout_text(program.parameters.get(n, ()), program.mesh)}"
         for n, p in program.captured.parameters.items()
     )
-    described = f"{parameters}\n{program.text()}"
+    described = f"{parameters}\n{program.options}\n{program.text()}"
     check_same_program(f"{torch.__version__}\n{described}", group, described)
 
 

@@ -7,7 +7,7 @@ is the model's own and the decisions are tables beside it; after ``emit`` the gr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -24,8 +24,13 @@ from tpcompile.sentence import Call, tensor_operands
 from tpcompile.structure import Atom, Pin, Term
 
 if TYPE_CHECKING:
+    from tpcompile.activations import RankMemory
     from tpcompile.report import Collective, Line
     from tpcompile.spec import Claim, Spec
+
+
+Recompute = Literal["attention", "layers"] | None
+"""What runs again in backward: attention cores (scores, softmax, dropout, product with v), layers, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,15 @@ class Options:
         reduce_dtype: sums over ranks of bfloat16 and float16 values are made in this dtype; None: in their own.
         dropout: ``exact`` masks are bitwise those of one device on a CPU; ``independent`` ones are drawn by each rank
             for its own part, which is cheaper, and other numbers (Megatron's way).
+        recompute: what is run again in backward instead of being kept for it: ``"attention"`` (the scores, softmax,
+            dropout and product with v), ``"layers"`` (every repeated layer), or None.
     """
 
     sequence_parallel: bool = False
     gather_logits: bool = True
     reduce_dtype: torch.dtype | None = None
     dropout: Literal["exact", "independent"] = "exact"
+    recompute: Recompute = None
 
     def __post_init__(self) -> None:
         if self.reduce_dtype not in (None, torch.float32, torch.float64):
@@ -100,6 +108,12 @@ class Options:
                 why="masks are `exact`, those of one device, or `independent`, each rank's own",
                 help='pass dropout="exact" or dropout="independent"',
             )
+        if self.recompute not in (None, "attention", "layers"):
+            raise ShardingError(
+                f'recompute must be "attention", "layers" or None, not {self.recompute!r}',
+                why="it says what is run again in backward instead of being kept for it",
+                help='"attention" runs the scores, softmax and product with v again; "layers" every repeated layer',
+            )
 
 
 DEFAULT = Options()
@@ -112,6 +126,7 @@ class Asked(TypedDict, total=False):
     gather_logits: bool
     reduce_dtype: torch.dtype | None
     dropout: Literal["exact", "independent"]
+    recompute: Recompute
 
 
 @dataclass(frozen=True)
@@ -171,6 +186,12 @@ class Program:
 
         return collectives_of(self, self.sizes)
 
+    def memory(self, inputs: Sequence[torch.Tensor] | None = None) -> tuple[RankMemory, ...]:
+        """What each rank holds in a training step, at the sizes of the example inputs or of ``inputs``."""
+        from tpcompile.activations import memory
+
+        return memory(self, inputs)
+
     def lines(self) -> tuple[Line, ...]:
         """One line per value."""
         from tpcompile.report import lines
@@ -226,4 +247,17 @@ def where(node: torch.fx.Node) -> Where:
     return replace(base, module=node.meta.get("module") or None, op=op_name(node))
 
 
-__all__ = ["DEFAULT", "Asked", "Cut", "Options", "Pass", "Pin", "Program", "Row", "Structure", "copy_graph", "where"]
+__all__ = [
+    "DEFAULT",
+    "Asked",
+    "Cut",
+    "Options",
+    "Pass",
+    "Pin",
+    "Program",
+    "Recompute",
+    "Row",
+    "Structure",
+    "copy_graph",
+    "where",
+]

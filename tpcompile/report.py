@@ -14,6 +14,7 @@ import torch.fx
 from tpcompile import collectives, shards
 from tpcompile.per_rank import PerRank, resolve
 from tpcompile.program import Program, where
+from tpcompile.recomputation import MARK
 from tpcompile.rules import op_name
 
 
@@ -176,10 +177,12 @@ def _messages(program: Program, node: torch.fx.Node, sizes: Mapping[sympy.Symbol
     of = "parameters" if all(_is_parameter(x) for x in operands) else "activations"
     place = where(node)
     spot = f"{op_name(node)}" + (f" at {place.file}:{place.line}" if place.file else "")
+    module = node.meta.get("module") or ""
     for message in collectives.messages(transition, numel, itemsize, ranks):
-        yield Collective(
-            message.kind, message.direction, message.bytes, 1, spot, shapes[0], node.meta.get("module") or "", of
-        )
+        yield Collective(message.kind, message.direction, message.bytes, 1, spot, shapes[0], module, of)
+        if message.direction == "forward" and MARK in node.meta:
+            again = f"{spot} (recomputed)"
+            yield Collective(message.kind, "backward", message.bytes, 1, again, shapes[0], module, of)
 
 
 def _is_parameter(node: torch.fx.Node) -> bool:

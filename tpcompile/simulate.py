@@ -33,6 +33,7 @@ from tpcompile.collectives import (
     transition_of,
 )
 from tpcompile.per_rank import resolve
+from tpcompile.recomputation import Region, recompute, regions
 
 OnNode = Callable[[fx.Node, list[Any]], None]
 
@@ -255,16 +256,17 @@ class Simulation:
             per_rank = [list(cast("Sequence[Any]", x)) for x in inputs]
         if len(per_rank) != self.ranks:
             raise ValueError(f"inputs for {len(per_rank)} ranks of {self.ranks}")
-        return _Run(self, on_node, recorder).graph(self.graphs, per_rank, "")
+        return Run(self, on_node, recorder).graph(self.graphs, per_rank, "")
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """One run of a simulation: the interpreter."""
 
     simulation: Simulation
     on_node: OnNode | None
     recorder: Recorder | None
+    direction: str = "forward"  # or backward, when forward nodes are run again there
 
     def graph(self, graphs: Sequence[fx.GraphModule], inputs: Sequence[Sequence[Any]], path: str) -> list[Any]:
         """The outputs of one GraphModule on each rank; ``path`` is its dotted name."""
@@ -274,47 +276,96 @@ class _Run:
         waiting = [iter(given) for given in inputs]
         envs: list[dict[fx.Node, Any]] = [{} for _ in programs]
         dying = _last_uses(programs[0])
+        again = {region.nodes[0]: region for region in regions(graphs[0].graph)}
+        inside = {node for region in again.values() for node in region.nodes}
         for i, nodes in enumerate(zip(*programs, strict=True)):
-            node = nodes[0]
-            if any((each.op, each.target) != (node.op, node.target) for each in nodes):
-                raise ValueError(f"graphs part at node {i}: {[each.format_node() for each in nodes]}")
-            arguments = [
-                cast(
-                    "tuple[tuple[Any, ...], dict[str, Any]]",
-                    fx.map_arg(cast("Any", resolve((each.args, each.kwargs), rank)), env.__getitem__),
-                )
-                for rank, (each, env) in enumerate(zip(nodes, envs, strict=True))
-            ]
-            match node.op:
-                case "placeholder":
-                    values = [next(given) for given in waiting]
-                case "output":
-                    return [args[0] for args, _ in arguments]
-                case "get_attr":
-                    values = self.attribute(graphs, str(node.target), path)
-                case "call_module":
-                    inner = [graph.get_submodule(str(node.target)) for graph in graphs]
-                    values = self.module(inner, arguments, _dotted(path, str(node.target)))
-                case "call_method":
-                    methods = [getattr(args[0], str(node.target)) for args, _ in arguments]
-                    values = _in_step(methods, [(args[1:], kwargs) for args, kwargs in arguments])
-                case _:
-                    row = transition_of(node.target)
-                    if row is not None:
-                        values = self.transition(row, node, arguments, path)
-                    else:
-                        values = _in_step([cast("Callable[..., Any]", node.target)] * len(envs), arguments)
-            if self.on_node is not None:
-                self.on_node(node, values)
-            for env, each, value in zip(envs, nodes, values, strict=True):
-                env[each] = value
-            del values, arguments
+            if nodes[0].op == "output":
+                return [args[0] for args, _ in _arguments(nodes, envs)]
+            if nodes[0] in again:
+                self.region(graphs, programs, again[nodes[0]], envs, path)
+            elif nodes[0].op == "placeholder":
+                self.keep(nodes, [next(given) for given in waiting], envs)
+            elif nodes[0] not in inside:
+                self.node(graphs, i, nodes, envs, path)
             for j in dying[i]:
                 for env, program in zip(envs, programs, strict=True):
-                    del env[program[j]]
+                    env.pop(program[j], None)
         raise ValueError("a graph without an output node")
 
+    def node(
+        self,
+        graphs: Sequence[fx.GraphModule],
+        index: int,
+        nodes: Sequence[fx.Node],
+        envs: Sequence[dict[fx.Node, Any]],
+        path: str,
+    ) -> None:
+        """Run one node on each rank; its values go to ``envs``."""
+        node = nodes[0]
+        if any((each.op, each.target) != (node.op, node.target) for each in nodes):
+            raise ValueError(f"graphs part at node {index}: {[each.format_node() for each in nodes]}")
+        arguments = _arguments(nodes, envs)
+        match node.op:
+            case "get_attr":
+                values = self.attribute(graphs, str(node.target), path)
+            case "call_module":
+                inner = [graph.get_submodule(str(node.target)) for graph in graphs]
+                values = self.module(inner, arguments, _dotted(path, str(node.target)))
+            case "call_method":
+                methods = [getattr(args[0], str(node.target)) for args, _ in arguments]
+                values = _in_step(methods, [(args[1:], kwargs) for args, kwargs in arguments])
+            case _:
+                row = transition_of(node.target)
+                if row is not None:
+                    values = self.transition(row, node, arguments, path)
+                else:
+                    values = _in_step([cast("Callable[..., Any]", node.target)] * len(envs), arguments)
+        self.keep(nodes, values, envs)
+
+    def keep(self, nodes: Sequence[fx.Node], values: list[Any], envs: Sequence[dict[fx.Node, Any]]) -> None:
+        """The values of a node on each rank are known."""
+        if self.on_node is not None:
+            self.on_node(nodes[0], values)
+        for env, each, value in zip(envs, nodes, values, strict=True):
+            env[each] = value
+
+    def region(
+        self,
+        graphs: Sequence[fx.GraphModule],
+        programs: Sequence[Sequence[fx.Node]],
+        region: Region,
+        envs: Sequence[dict[fx.Node, Any]],
+        path: str,
+    ) -> None:
+        """Run nodes that are run again in backward, where the ranks are in step too; ``on_node`` hears of them once."""
+        position = {node: i for i, node in enumerate(programs[0])}
+        indices, inputs, outputs = (
+            [position[node] for node in nodes] for nodes in (region.nodes, region.inputs, region.outputs)
+        )
+        runs: list[Run] = [self]
+
+        def body(*flat: Any) -> tuple[Any, ...]:
+            run = runs.pop() if runs else replace(self, on_node=None, direction="backward")
+            run.enter(region)
+            own: list[dict[fx.Node, Any]] = []
+            for rank, program in enumerate(programs):
+                mine = flat[rank * len(inputs) : (rank + 1) * len(inputs)]
+                own.append({program[i]: x for i, x in zip(inputs, mine, strict=True)})
+            for i in indices:
+                run.node(graphs, i, [program[i] for program in programs], own, path)
+            return tuple(env[program[i]] for env, program in zip(own, programs, strict=True) for i in outputs)
+
+        flat = [env[program[i]] for env, program in zip(envs, programs, strict=True) for i in inputs]
+        made = recompute(body, *flat, random=region.random)
+        for rank, (env, program) in enumerate(zip(envs, programs, strict=True)):
+            mine = made[rank * len(outputs) : (rank + 1) * len(outputs)]
+            env.update({program[i]: x for i, x in zip(outputs, mine, strict=True)})
+
+    def enter(self, region: Region) -> None:
+        """Called before the first node of a region is run, when what it is given has been kept."""
+
     def attribute(self, graphs: Sequence[fx.GraphModule], target: str, path: str) -> list[Any]:
+        """The tensors of one get_attr."""
         name = _dotted(path, target)
         found: list[Any] = [
             own[name] if name in own else operator.attrgetter(target)(graph)
@@ -326,6 +377,7 @@ class _Run:
         return found
 
     def module(self, modules: Sequence[object], arguments: Sequence[Any], path: str) -> list[Any]:
+        """The outputs of a nested GraphModule."""
         graphs = [module for module in modules if isinstance(module, fx.GraphModule)]
         if len(graphs) != len(modules) or any(kwargs for _, kwargs in arguments):
             raise ValueError(f"{path} is not a GraphModule called with positional arguments")
@@ -345,7 +397,7 @@ class _Run:
             xs: list[list[Tensor]] = [list(each["xs"]) if many else [each["x"]] for each in own]
             dim, where = _where(row, own, node)
             record = partial(self.record, node, path, name, len(members)) if 0 in members else None
-            call = _Call(row.forward, row.backward, "forward", dim, where, len(members), record)
+            call = _Call(row.forward, row.backward, self.direction, dim, where, len(members), record)
             _check_gradients(row, xs, node)
             flat = _apply(call, [x for mine in xs for x in mine])
             for i, rank in enumerate(members):
@@ -364,9 +416,23 @@ class _Run:
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> None:
+        """Note one collective, if somebody asked for them."""
         if self.recorder is not None:
             sent = sent_bytes(kind, math.prod(shape), dtype.itemsize, ranks)
             self.recorder.rows.append(Row(kind, direction, sent, shape, dtype, ranks, group, node, path))
+
+
+def _arguments(
+    nodes: Sequence[fx.Node], envs: Sequence[dict[fx.Node, Any]]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of a node on each rank."""
+    return [
+        cast(
+            "tuple[tuple[Any, ...], dict[str, Any]]",
+            fx.map_arg(cast("Any", resolve((each.args, each.kwargs), rank)), env.__getitem__),
+        )
+        for rank, (each, env) in enumerate(zip(nodes, envs, strict=True))
+    ]
 
 
 def _dotted(path: str, name: str) -> str:
@@ -384,11 +450,13 @@ def _last_uses(nodes: Sequence[fx.Node]) -> list[list[int]]:
 
 def _in_step(functions: Sequence[Callable[..., Any]], arguments: Sequence[Any]) -> list[Any]:
     """Call on each rank; what draws random numbers draws them from the same generator state on each."""
+    (args, kwargs), *others = arguments
+    if not others:
+        return [functions[0](*args, **kwargs)]
     generators = [torch.default_generator]
     if torch.cuda.is_initialized():
         generators += torch.cuda.default_generators
     before = [generator.get_state() for generator in generators]
-    (args, kwargs), *others = arguments
     values = [functions[0](*args, **kwargs)]
     drawn = [g for g, state in zip(generators, before, strict=True) if not torch.equal(g.get_state(), state)]
     states = [state for g, state in zip(generators, before, strict=True) if g in drawn]

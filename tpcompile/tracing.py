@@ -450,7 +450,10 @@ def warn_of_lost_state(model: nn.Module, trace: Trace) -> None:
     """Say, once, what the model does that is not in the graph."""
     name = type(model).__name__
     if any(module.__dict__.get("gradient_checkpointing") is True for module in model.modules()):
-        warnings.warn(f"{name}: gradient checkpointing is not part of the captured graph", stacklevel=3)
+        warnings.warn(
+            f'{name}: gradient checkpointing is not part of the captured graph; pass recompute="layers" for the same',
+            stacklevel=3,
+        )
     if lost := sorted(trace.state):
         it = "it" if len(lost) == 1 else "them"
         warnings.warn(
