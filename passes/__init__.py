@@ -11,7 +11,7 @@ from tpcompile.passes.emit import emit
 from tpcompile.passes.forward_all_reduces import forward_all_reduces
 from tpcompile.passes.functionalize import functionalize
 from tpcompile.passes.in_place import in_place
-from tpcompile.passes.parameter_copies import parameter_copies
+from tpcompile.passes.parameter_copies import parameter_copies, parameter_copies_per_layer
 from tpcompile.passes.place import place
 from tpcompile.passes.structure import structure
 from tpcompile.passes.tidy import tidy
@@ -33,4 +33,7 @@ PIPELINE: tuple[Pass, ...] = (
     in_place,  # all-reduces that may overwrite what they sum
 )
 
-__all__ = ["PIPELINE"]
+PER_LAYER: tuple[Pass, ...] = tuple(parameter_copies_per_layer if p is parameter_copies else p for p in PIPELINE)
+"""The pipeline for modules whose layers are run, divided or moved one by one: by FSDP2, or into stages."""
+
+__all__ = ["PER_LAYER", "PIPELINE"]

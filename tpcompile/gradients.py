@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tpcompile.collectives import PRIMITIVES, group_device, pick, run_length
 from tpcompile.errors import TpcompileError
 from tpcompile.layout import Layout, Leaf, Mesh, Runs, axes_of, local_size, positions
-from tpcompile.module import TensorParallel
+from tpcompile.module import TensorParallel, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -151,7 +151,7 @@ def _parts(module: TensorParallel) -> Iterator[_Part]:
 
 def _shard(name: str, parameter: Tensor) -> tuple[tuple[int, int, int] | None, dist.ProcessGroup | None]:
     """How ``fully_shard`` divides a parameter: the same number of positions for each rank, but for the last ones."""
-    if not _is_dtensor(parameter):
+    if not is_dtensor(parameter):
         return None, None
     from torch.distributed.tensor import Replicate, Shard
 
@@ -175,12 +175,8 @@ def _shard(name: str, parameter: Tensor) -> tuple[tuple[int, int, int] | None, d
     return (dim, start, length), mesh.get_group(mesh_dim)
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    return hasattr(tensor, "placements")
-
-
 def _local(tensor: Tensor) -> Tensor:
-    return cast("DTensor", tensor).to_local() if _is_dtensor(tensor) else tensor
+    return cast("DTensor", tensor).to_local() if is_dtensor(tensor) else tensor
 
 
 def _groups(module: TensorParallel, parts: Sequence[_Part]) -> list[dist.ProcessGroup]:

@@ -24,17 +24,23 @@ from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.effects import is_random
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.launch import check_same_program
-from tpcompile.layers import Functions, install, module_at, repeated_layers
+from tpcompile.layers import Functions, install, module_at, read_outside, repeated_layers
 from tpcompile.layout import Layout, Mesh, axes_of
+from tpcompile.passes import PER_LAYER, PIPELINE
 from tpcompile.per_rank import resolve
-from tpcompile.program import Program
+from tpcompile.program import Pass, Program
 from tpcompile.spec import Spec
 
 MAX_VARIANTS = 16
 
 
 def compile(
-    model: nn.Module, spec: SpecLike = None, *, example_inputs: Inputs = None, mesh: DeviceMesh | None = None
+    model: nn.Module,
+    spec: SpecLike = None,
+    *,
+    example_inputs: Inputs = None,
+    mesh: DeviceMesh | None = None,
+    per_layer: bool = False,
 ) -> TensorParallel:
     """This rank's module: called, trained and saved like ``model``, with the same signature and outputs.
 
@@ -45,6 +51,8 @@ def compile(
         spec: a path to a ``.tpspec``, a :class:`Spec`, or None for the shipped spec of the model's class, or a plan.
         example_inputs: keyword arguments as a dict, or positional ones as a tuple; transformers models have defaults.
         mesh: a 1-D DeviceMesh, or one with a dim called ``tp``; None for all ranks.
+        per_layer: every layer reads its own parameters alone, for ``fully_shard`` and :func:`tpcompile.pipeline_stage`;
+            gradients of whole parameters in cut regions are then summed in a bucket per layer instead of one per step.
 
     Raises:
         TpcompileError: see :func:`tpcompile.rewrite`; and when there is no process group, when parameters are on the
@@ -58,11 +66,13 @@ def compile(
             why="compile gives every rank its part of the weights",
             help="load the weights first; for a model without weights use tpcompile.rewrite or the command line",
         )
-    program = rewrite(model, spec, degree=group.size(), example_inputs=call_arguments_as_inputs(model, example_inputs))
+    pipeline = PER_LAYER if per_layer else PIPELINE
+    inputs = call_arguments_as_inputs(model, example_inputs)
+    program = rewrite(model, spec, degree=group.size(), example_inputs=inputs, pipeline=pipeline)
     _check_same(program, group)
     _check_same_weights(model, group)
     assert program.spec is not None, "rewrite finds or plans one"
-    module = TensorParallel(model, program, program.spec, group)
+    module = TensorParallel(model, program, program.spec, group, pipeline)
     _forget_weights(program)
     return module
 
@@ -132,6 +142,7 @@ class _Variant:
     training: bool
     call: Callable[..., Any]
     random: bool
+    outside: list[str]  # tensors of layers that code outside of the layer reads
 
 
 class TensorParallel(nn.Module):
@@ -141,11 +152,19 @@ class TensorParallel(nn.Module):
     by all ranks together.
     """
 
-    def __init__(self, model: nn.Module, program: Program, spec: Spec, group: dist.ProcessGroup):
+    def __init__(
+        self,
+        model: nn.Module,
+        program: Program,
+        spec: Spec,
+        group: dist.ProcessGroup,
+        pipeline: Sequence[Pass] = PIPELINE,
+    ):
         super().__init__()
         captured = program.captured
         self._group = group
         self._spec = spec
+        self._pipeline = pipeline
         self._layouts = dict(program.parameters)
         self._mesh = program.mesh
         self._functions = Functions()
@@ -209,7 +228,8 @@ class TensorParallel(nn.Module):
     def _add_variant(self, program: Program) -> _Variant:
         bound = bind(program, dist.get_rank(self._group), self._groups)
         call = install(self, bound, self._layers, self._functions)
-        variant = _Variant(program, program.captured.training, call, any(map(is_random, program.graph.nodes)))
+        random = any(map(is_random, program.graph.nodes))
+        variant = _Variant(program, program.captured.training, call, random, read_outside(bound, self._layers))
         self._variants.append(variant)
         return variant
 
@@ -231,7 +251,7 @@ class TensorParallel(nn.Module):
         if skeleton.training != self.training:
             skeleton.train(self.training)
         try:
-            program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs)
+            program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs, self._pipeline)
         except TpcompileError as error:
             raise error from refused
         _check_same(program, self._group)
@@ -257,7 +277,19 @@ class TensorParallel(nn.Module):
         variant, flat = self._variant_for(args, kwargs)
         if variant.random and not self._random_checked:
             self._check_generators()
+        for name in variant.outside:
+            self._check_whole(name)
         return variant.program.captured.unflatten(variant.call(self, *flat))
+
+    def _check_whole(self, name: str) -> None:
+        """A layer's tensor that is read outside of the layer must not be one that the layer gathers for itself."""
+        path, _, last = name.rpartition(".")
+        if is_dtensor(getattr(self.get_submodule(path), last)):
+            raise TpcompileError(
+                f"fully_shard has divided {name}, which is read outside of its layer",
+                why="FSDP2 gathers a layer's parameters only while the layer runs",
+                help="compile with per_layer=True, or apply fully_shard to the whole module alone",
+            )
 
     def _check_generators(self) -> None:
         """Ranks must draw the same dropout masks: once, before the first of them."""
@@ -274,14 +306,19 @@ class TensorParallel(nn.Module):
 
 
 def rewrite_call(
-    model: nn.Module, spec: Spec, degree: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    spec: Spec,
+    degree: int,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    pipeline: Sequence[Pass] = PIPELINE,
 ) -> Program:
     """The program for one call, positional and keyword arguments as they come."""
     from tpcompile.capture import capture
     from tpcompile.compiler import rewrite_captured
 
     captured = capture(model, args, kwargs)
-    return rewrite_captured(captured, spec, model, degree, (args, kwargs))
+    return rewrite_captured(captured, spec, model, degree, (args, kwargs), pipeline)
 
 
 def captured_name(program: Program, name: str) -> str:
@@ -373,7 +410,13 @@ def _canonical_parameters(module: TensorParallel) -> Iterator[tuple[str, nn.Para
             yield canonical, parameter
 
 
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether it is divided by ``fully_shard``; what is not one needs no import of DTensor to tell."""
+    return hasattr(tensor, "full_tensor")
+
+
 def _gathered(module: TensorParallel, name: str, part: torch.Tensor) -> torch.Tensor:
+    part = cast("Any", part).full_tensor() if is_dtensor(part) else part
     dims = module._layouts.get(name, ())  # pyright: ignore[reportPrivateUsage]
     mesh, group = module._mesh, module._group  # pyright: ignore[reportPrivateUsage]
     if not any(axes_of(d) for d in dims):
