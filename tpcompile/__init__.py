@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tpcompile.equivalence import Report, verify
     from tpcompile.gradients import clip_grad_norm_, grad_norm
     from tpcompile.module import TensorParallel, compile, full_gradients, full_state_dict
+    from tpcompile.pipeline import pipeline_stage
     from tpcompile.planner import plan
     from tpcompile.program import Program
     from tpcompile.report import Collective
@@ -31,6 +32,7 @@ _HOMES = {
     "full_gradients": "tpcompile.module",
     "full_state_dict": "tpcompile.module",
     "grad_norm": "tpcompile.gradients",
+    "pipeline_stage": "tpcompile.pipeline",
     "plan": "tpcompile.planner",
     "rewrite": "tpcompile.compiler",
     "verify": "tpcompile.equivalence",
@@ -64,6 +66,7 @@ __all__ = [
     "full_gradients",
     "full_state_dict",
     "grad_norm",
+    "pipeline_stage",
     "plan",
     "rewrite",
     "verify",

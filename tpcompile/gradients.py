@@ -83,8 +83,11 @@ def grad_norm(module: nn.Module, norm_type: float = 2.0) -> Tensor:
         )
     compiled = _compiled(module)
     parts = list(_parts(compiled))
-    groups = _groups(compiled, parts)
-    pieces = [piece for part in parts for piece in _counted(part, groups, compiled)]
+    tp, *shared = groups = _groups(compiled, parts)
+    stages = compiled._stage_group  # pyright: ignore[reportPrivateUsage]
+    groups += [] if stages is None else [stages]
+    mesh, rank = compiled.program.mesh, dist.get_rank(tp)
+    pieces = [piece for part in parts for piece in _counted(part, shared, mesh, rank)]
     norms = [
         norm.double().to(group_device(groups[0]))
         for (_, dtype), alike in _alike(pieces)
@@ -180,17 +183,16 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _groups(module: TensorParallel, parts: Sequence[_Part]) -> list[dist.ProcessGroup]:
-    """The groups over which the parameters are divided, the same ones in the same order on every rank."""
+    """The ranks of tensor parallelism, then the groups over which ``fully_shard`` divides parameters further."""
     found = [module._group, *(p.group for p in parts if p.group is not None)]  # pyright: ignore[reportPrivateUsage]
     return list({group.group_name: group for group in found}.values())
 
 
-def _counted(part: _Part, groups: Sequence[dist.ProcessGroup], module: TensorParallel) -> Iterator[Tensor]:
-    """What this rank counts of a gradient: nothing that it shares with a rank before it in one of ``groups``."""
-    first, *others = groups
-    if part.gradient is None or any(dist.get_rank(g) for g in others if g is not part.group):
+def _counted(part: _Part, shared: Sequence[dist.ProcessGroup], mesh: Mesh, rank: int) -> Iterator[Tensor]:
+    """What this rank counts of a gradient: nothing that a rank before it has too, in ``mesh`` or a ``shared`` group."""
+    if part.gradient is None or any(dist.get_rank(g) for g in shared if g is not part.group):
         return
-    for box in counted(part.dims, module.program.mesh, dist.get_rank(first)):
+    for box in counted(part.dims, mesh, rank):
         piece = part.gradient
         for dim, runs in enumerate(box):
             if part.shard is not None and part.shard[0] == dim:

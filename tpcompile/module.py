@@ -172,6 +172,7 @@ class TensorParallel(nn.Module):
         self._names = {n: c for n, c in captured.aliases.items() if c in captured.parameters}
         self._names |= {n: n for n in captured.parameters}
         self._groups = _bind_groups(program.mesh, group)
+        self._stage_group: dist.ProcessGroup | None = None  # the stages of a pipeline, if this is one of them
         self._variants: list[_Variant] = []
         self._random_checked = False
         object.__setattr__(self, "_skeleton", _skeleton(model))
