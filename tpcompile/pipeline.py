@@ -217,7 +217,8 @@ def owners(
                 f"parameter {name} is read in stage {readers[0]}, and its layer is in stage {homes[layer]}",
                 help="compile with per_layer=True",
             )
-        found |= {name: stage for stage in readers}
+        if readers:
+            (found[name],) = readers
     return found
 
 
