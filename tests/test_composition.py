@@ -1,4 +1,4 @@
-"""A compiled module inside data parallelism, FSDP2 and pipelines: gradients, a step and weights are those of one device.
+"""A compiled module in DistributedDataParallel and under FSDP2: gradients, steps and weights are those of one device.
 
 The model on one device sees the whole batch; each row of ranks sees its part of it.
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import zoo
 from distributed import run
 from test_distributed_models import Widened
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -81,9 +80,9 @@ def trained(name: str, grid: DeviceMesh, wrap: Callable[[TensorParallel, DeviceM
     return {"apart": answers, "naive": naive, "norm": float(norms[1])}  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-def on_a_grid(name: str) -> Answers:
+def on_a_grid(name: str, tp: int) -> Answers:
     torch.set_num_threads(1)
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    grid = init_device_mesh("cpu", (2, tp), mesh_dim_names=("dp", "tp"))
     with Widened():
         found = {"ddp": trained(name, grid, ddp), "fsdp": trained(name, grid, fsdp)}
         return found | {"refused": refused(name, grid)}
@@ -101,26 +100,31 @@ def refused(name: str, grid: DeviceMesh) -> str:
 
 
 @cache
-def answers(name: str) -> list[Answers]:
-    return run(on_a_grid, 4, name)
+def answers(name: str, tp: int) -> list[Answers]:
+    return run(on_a_grid, 2 * tp, name, tp)
 
 
-NAMES = pytest.mark.parametrize(
-    "name", ["qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("falcon_mqa", "gpt_neox", "llama_uneven"))]
+ON_GRIDS = pytest.mark.parametrize(
+    ("name", "tp"),
+    [
+        ("qwen3", 1),
+        *(pytest.param(n, 2, marks=pytest.mark.slow) for n in ("qwen3", "falcon_mqa", "gpt_neox", "llama_uneven")),
+    ],
 )
 
 
-@NAMES
+@ON_GRIDS
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_gradients_norm_step_and_weights_are_those_of_one_device(kind: str, name: str) -> None:
-    for own in answers(name):
+def test_gradients_norm_steps_and_weights_are_those_of_one_device(kind: str, name: str, tp: int) -> None:
+    for own in answers(name, tp):
         assert max(own[kind]["apart"].values()) < 1e-9, own[kind]["apart"]
         assert own[kind]["naive"] > 0.5
-    assert len({own[kind]["norm"] for own in answers(name)}) == 1
+    assert len({own[kind]["norm"] for own in answers(name, tp)}) == 1
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_read_their_own_parameters_are_not_divided_silently() -> None:
-    for own in answers("qwen3"):
+    for own in answers("qwen3", 2):
         assert own["refused"] == (
             "fully_shard has divided model.layers.0.self_attn.q_norm.weight, which is read outside of its layer"
         )
