@@ -169,6 +169,7 @@ def test_parameters_gathered_at_the_top_are_refused() -> None:
 
 # ---------------------------------------------------------------------------------------------------- real processes
 Wrap = Callable[[TensorParallel, DeviceMesh], nn.Module]
+MICRO_BATCHES = 2
 SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
 
 
@@ -187,9 +188,12 @@ def trained(name: str, schedule: str, grid: DeviceMesh, wrap: Wrap, steps: int, 
     del whole
     wrapped = wrap(part, grid["dp"])
     index, count = grid.get_local_rank("pp"), grid["pp"].size()
-    stage = PipelineStage(wrapped, index, count, torch.device("cpu"), group=grid.get_group("pp"))
     last = index == count - 1
-    runner = SCHEDULES[schedule](stage, 2, loss_fn=first if in_graph else next_token_loss)
+    rows = 8 // grid["dp"].size() // MICRO_BATCHES
+    sizes = (rows, zoo.LENGTH)
+    known = activations(sizes, index, last, in_graph) if wrap is ddp else {}
+    stage = PipelineStage(wrapped, index, count, torch.device("cpu"), group=grid.get_group("pp"), **known)
+    runner = SCHEDULES[schedule](stage, MICRO_BATCHES, loss_fn=first if in_graph else next_token_loss)
     optimizers = [adamw(model), adamw(wrapped)]
     answers: dict[str, Any] = {"losses": [], "norms": [], "found": [], "found norms": []}
     for step in range(steps):
@@ -217,6 +221,14 @@ def trained(name: str, schedule: str, grid: DeviceMesh, wrap: Wrap, steps: int, 
         "names": list(state),
         "all names": list(wanted),
     }
+
+
+def activations(sizes: tuple[int, int], index: int, last: bool, in_graph: bool) -> dict[str, Any]:
+    """What travels, which DistributedDataParallel cannot bear to be found by a trial run of its module."""
+    hidden = torch.empty(*sizes, zoo.WIDTH, dtype=torch.float64, requires_grad=True)
+    logits = torch.empty(*sizes, zoo.VOCABULARY, dtype=torch.float64, requires_grad=True)
+    loss = [torch.empty((), dtype=torch.float64, requires_grad=True)] if in_graph else []
+    return {"input_args": (hidden,) if index else (), "output_args": (*loss, logits) if last else (hidden,)}
 
 
 def first(outputs: tuple[Tensor, ...], target: Tensor) -> Tensor:

@@ -278,19 +278,28 @@ class TensorParallel(nn.Module):
         variant, flat = self._variant_for(args, kwargs)
         if variant.random and not self._random_checked:
             self._check_generators()
-        for name in variant.outside:
-            self._check_whole(name)
+        self._check_held(variant)
         return variant.program.captured.unflatten(variant.call(self, *flat))
 
-    def _check_whole(self, name: str) -> None:
-        """A layer's tensor that is read outside of the layer must not be one that the layer gathers for itself."""
-        path, _, last = name.rpartition(".")
-        if is_dtensor(getattr(self.get_submodule(path), last)):
-            raise TpcompileError(
-                f"fully_shard has divided {name}, which is read outside of its layer",
-                why="FSDP2 gathers a layer's parameters only while the layer runs",
-                help="compile with per_layer=True, or apply fully_shard to the whole module alone",
-            )
+    def _check_held(self, variant: _Variant) -> None:
+        """Refuse what ``fully_shard`` may have made of parameters and the graph does not know."""
+        for name in variant.outside:
+            path, _, last = name.rpartition(".")
+            if is_dtensor(getattr(self.get_submodule(path), last)):
+                raise TpcompileError(
+                    f"fully_shard has divided {name}, which is read outside of its layer",
+                    why="FSDP2 gathers a layer's parameters only while the layer runs",
+                    help="compile with per_layer=True, or apply fully_shard to the whole module alone",
+                )
+        for name, parameter in self.named_parameters():
+            wanted = variant.program.captured.parameters.get(self._names.get(name, name))
+            if wanted is not None and wanted.dtype != parameter.dtype:
+                raise TpcompileError(
+                    f"parameter {name} is {parameter.dtype}, and was compiled as {wanted.dtype}",
+                    why="dtypes are part of the captured graph; a MixedPrecisionPolicy of fully_shard changes them",
+                    help="use a policy without param_dtype, and convert the model before it is compiled",
+                )
+            break  # one tells: a policy's dtype is that of all parameters of the root
 
     def _check_generators(self) -> None:
         """Ranks must draw the same dropout masks: once, before the first of them."""

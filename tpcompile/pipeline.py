@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpcompile.effects import has_effect, is_random
 from tpcompile.errors import CaptureError, RuntimeMismatchError, TpcompileError
 from tpcompile.launch import check_same_program
-from tpcompile.layers import Functions, install, module_at
+from tpcompile.layers import Functions, install, module_at, read_outside
 from tpcompile.module import TensorParallel, bind, is_dtensor
 from tpcompile.program import where
 
@@ -72,7 +73,6 @@ class Stage(TensorParallel):
         if hasattr(whole, "config"):
             self.config = whole.config
         self._stage_group = group
-        self._variants = whole._variants[:1]
         stage, count = dist.get_rank(group), group.size()
         parameters = set(whole._names.values())
         stages = stages_of(graph, self._layers, parameters, count)
@@ -83,7 +83,8 @@ class Stage(TensorParallel):
         self._functions = Functions()
         read = {str(node.target) for node in part.find_nodes(op="get_attr")}
         self._fill_from(whole, read, stage)
-        self._call = install(self, part, self._layers, self._functions)
+        call = install(self, part, self._layers, self._functions)
+        self._variants = [replace(whole._variants[0], call=call, outside=read_outside(part, self._layers))]
         self._last = stage == count - 1
         self._received = len(crossing(graph, stages, stage - 1))
         self.train(whole.training)
@@ -115,8 +116,9 @@ class Stage(TensorParallel):
                 why="a stage is a part of one captured graph",
                 help="call model.train() or model.eval() before tpcompile.compile",
             )
+        self._check_held(variant)
         received, given = args[: self._received], args[self._received :]
-        outputs = self._call(self, *received, *variant.program.captured.flatten(given, kwargs))
+        outputs = variant.call(self, *received, *variant.program.captured.flatten(given, kwargs))
         if not self._last:
             return tuple(x.contiguous() for x in outputs)
         tensors = tuple(x for x in outputs if isinstance(x, Tensor))
