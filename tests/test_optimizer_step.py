@@ -190,8 +190,8 @@ def test_clipping_by_what_each_rank_holds_would_show(name: str, ranks: int) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_in_float32_they_follow_to_its_rounding(name: str) -> None:
     for own in answers_in_less():
-        assert own[name]["apart"]["losses"] < 1e-4
-        assert own[name]["apart"]["norms"] < 1e-3
+        assert max(own[name]["apart"][of] for of in ("losses", "norms")) < 1e-5
+        assert own[name]["apart"]["parameters"] < 1e-3
     assert len({tuple(own[name]["norms"]) for own in answers_in_less()}) == 1
 
 
@@ -217,7 +217,8 @@ def test_every_norm_is_that_of_one_device_for_one_number_sent(name: str, ranks: 
     for own in answers(name, ranks):
         found = own["norms"]
         assert found["none"] == 0.0
-        assert max(found[p] for p in ("0.5", "1.0", "2.0", "3.0", "inf")) < 1e-12
+        assert max(found[p] for p in ("1.0", "2.0", "3.0", "inf")) < 1e-12
+        assert found["0.5"] < 1e-9  # most of it is made by gradients that are zero but for rounding
         assert found["naive"] > 1e-3
         assert found["sent"] == {("all_gather", "step", 8 * (ranks - 1)): 1}
         assert (found["dtype"], found["shape"]) == (torch.float64, ())

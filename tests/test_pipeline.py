@@ -195,7 +195,7 @@ def trained(name: str, schedule: str, grid: DeviceMesh, wrap: Wrap, steps: int, 
     stage = PipelineStage(wrapped, index, count, torch.device("cpu"), group=grid.get_group("pp"), **known)
     runner = SCHEDULES[schedule](stage, MICRO_BATCHES, loss_fn=first if in_graph else next_token_loss)
     optimizers = [adamw(model), adamw(wrapped)]
-    answers: dict[str, Any] = {"losses": [], "norms": [], "found": [], "found norms": []}
+    answers: dict[str, Any] = {"losses": [], "norms": [], "found": [], "found norms": [], "of a stage": []}
     for step in range(steps):
         ids = batch(step, 8)
         loss = loss_of(model, ids)
@@ -209,6 +209,7 @@ def trained(name: str, schedule: str, grid: DeviceMesh, wrap: Wrap, steps: int, 
         answers["losses"].append(float(loss.detach()))
         answers["found"].append(float(average) / grid["dp"].size())
         answers["norms"].append(float(of_torch(model, LARGEST_NORM)))
+        answers["of a stage"].append(norm_of_this_stage(part))
         answers["found norms"].append(float(tpcompile.clip_grad_norm_(wrapped, LARGEST_NORM)))
         for optimizer in optimizers:
             optimizer.step()
@@ -221,6 +222,14 @@ def trained(name: str, schedule: str, grid: DeviceMesh, wrap: Wrap, steps: int, 
         "names": list(state),
         "all names": list(wanted),
     }
+
+
+def norm_of_this_stage(part: TensorParallel) -> float:
+    """The control: what clipping would use if stages did not add up theirs."""
+    group, part._stage_group = part._stage_group, None
+    norm = float(tpcompile.grad_norm(part))
+    part._stage_group = group
+    return norm
 
 
 def activations(sizes: tuple[int, int], index: int, last: bool, in_graph: bool) -> dict[str, Any]:
@@ -253,6 +262,7 @@ def check(answers: Sequence[Answers]) -> None:
         for own in stages:
             assert own["parameters"] < 1e-9
             assert apart(own["norms"], own["found norms"]) < 1e-9
+            assert apart(own["norms"], own["of a stage"]) > 1e-3
             assert min(own["norms"]) > LARGEST_NORM
             assert not own["last"] or apart(own["losses"], own["found"]) < 1e-9
         assert len({tuple(own["found norms"]) for own in stages}) == 1
