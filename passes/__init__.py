@@ -35,7 +35,7 @@ PIPELINE: tuple[Pass, ...] = (
     emit,  # one rank's code
     independent_dropout,  # if asked: masks of each rank's own
     tidy,  # local identities: biases fused back, no-ops gone
-    parameter_copies,  # gradients of whole parameters in cut regions: one bucket
+    parameter_copies,  # gradients of whole parameters in cut regions: one bucket, or one per layer
     wide_reductions,  # if asked: sums over ranks in float32
     in_place,  # all-reduces that may overwrite what they sum
     recompute,  # if asked: what is run again in backward instead of being kept

@@ -54,6 +54,7 @@ def _cast(graph: torch.fx.Graph, before: torch.fx.Node, x: torch.fx.Node, dtype:
         made = graph.call_function(cast, (x, dtype))
     with torch.no_grad():
         made.meta = {**x.meta, "val": x.meta["val"].to(dtype)}
+    made.meta |= {key: before.meta[key] for key in ("module", "modules", "source") if key in before.meta}
     return made
 
 

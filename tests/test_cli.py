@@ -312,7 +312,7 @@ def test_run_starts_the_processes_and_reports_each(monkeypatch: pytest.MonkeyPat
         "0     cpu     1.0e-07  2.0e-06    h.0.up.weight    0.25 s",
         "1     cpu     1.0e-07  2.0e-06    h.1.up.weight    0.50 s",
     ]
-    assert started == [(rehearse, 2, ("m.py:f", "a.tpspec"))]
+    assert started == [(rehearse, 2, ("m.py:f", "a.tpspec", False))]
     gradient_error = 1e-2
     result = call("run", "m.py:f", "--json")
     assert result.exit_code == 1

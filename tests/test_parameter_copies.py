@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import pytest
@@ -11,9 +12,10 @@ import zoo
 from tpcompile import collectives
 from tpcompile.compiler import rewrite_captured
 from tpcompile.equivalence import verify_program
+from tpcompile.layers import read_outside, repeated_layers
 from tpcompile.passes import PIPELINE
 from tpcompile.passes.parameter_copies import parameter_copies
-from tpcompile.program import Pass, Program
+from tpcompile.program import Options, Pass, Program
 
 BASE: tuple[Pass, ...] = tuple(PIPELINE[: [p.__name__ for p in PIPELINE].index("emit") + 1])
 
@@ -72,6 +74,30 @@ def test_each_parameter_keeps_its_own_metadata() -> None:
         assert all(node.meta[key] is copies[name].meta[key] for key in ("val", "placement", "source"))
         assert node.meta["modules"] == ()  # it stands outside of the layers
         assert [user.name for user in node.users] == [user.name for user in copies[name].users]
+
+
+@pytest.mark.parametrize(
+    ("name", "degree", "read", "numbers"),
+    [
+        ("qwen3", 2, ("q_norm.weight", "k_norm.weight"), [16, 16]),  # of each of two layers
+        ("llama_few_kv", 4, ("k_proj.weight", "v_proj.weight"), [1024, 1024]),
+        ("falcon_mqa", 2, ("query_key_value.weight",), [16 * 64, 16 * 64]),  # whole segments: k and v
+    ],
+)
+def test_or_one_for_each_layer_which_then_reads_its_own(
+    name: str, degree: int, read: tuple[str, ...], numbers: list[int]
+) -> None:
+    case, together = zoo.case(name), zoo.program(name, degree)
+    program = zoo.program(name, degree, options=Options(per_layer=True))
+    layers = repeated_layers(case.captured.module_classes)
+    outside = read_outside(together.graph, layers)
+    assert {x for x in outside if x.endswith(read)} == {n for n in together.parameters if n.endswith(read)}
+    assert read_outside(program.graph, layers) == []
+    rows = zoo.step(program, case.inputs).recorder.rows
+    kinds = (collectives.copy_all, collectives.copy_segments)
+    assert [math.prod(r.shape) for r in rows if r.node.target in kinds and r.direction == "backward"] == numbers
+    report = verify_program(program, case.model, case.inputs)
+    assert report.ok, report.mismatch
 
 
 def test_one_alone_and_other_values_stay_as_they_are() -> None:

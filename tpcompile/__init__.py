@@ -13,7 +13,9 @@ from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, 
 if TYPE_CHECKING:
     from tpcompile.compiler import rewrite
     from tpcompile.equivalence import Report, verify
+    from tpcompile.gradients import clip_grad_norm_, grad_norm
     from tpcompile.module import TensorParallel, compile, full_gradients, full_state_dict
+    from tpcompile.pipeline import pipeline_stage
     from tpcompile.planner import plan
     from tpcompile.program import Program
     from tpcompile.report import Collective
@@ -25,9 +27,12 @@ _HOMES = {
     "Report": "tpcompile.equivalence",
     "Spec": "tpcompile.spec",
     "TensorParallel": "tpcompile.module",
+    "clip_grad_norm_": "tpcompile.gradients",
     "compile": "tpcompile.module",
     "full_gradients": "tpcompile.module",
     "full_state_dict": "tpcompile.module",
+    "grad_norm": "tpcompile.gradients",
+    "pipeline_stage": "tpcompile.pipeline",
     "plan": "tpcompile.planner",
     "rewrite": "tpcompile.compiler",
     "verify": "tpcompile.equivalence",
@@ -56,9 +61,12 @@ __all__ = [
     "SpecError",
     "TensorParallel",
     "TpcompileError",
+    "clip_grad_norm_",
     "compile",
     "full_gradients",
     "full_state_dict",
+    "grad_norm",
+    "pipeline_stage",
     "plan",
     "rewrite",
     "verify",

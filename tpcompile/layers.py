@@ -189,6 +189,13 @@ class Functions:
         return self._again[key]
 
 
+def read_outside(graph: torch.fx.Graph, layers: frozenset[str]) -> list[str]:
+    """Names of layers' tensors that code outside of their layer reads, where :func:`nest` parts ``graph``."""
+    root, _ = nest(graph, layers)
+    read = [str(node.target) for node in root.nodes if node.op == "get_attr" and node.users]
+    return [name for name in read if any(name.startswith(f"{layer}.") for layer in layers)]
+
+
 def module_at(root: nn.Module, path: str, layers: Iterable[str]) -> nn.Module:
     """The module at a dotted path, made on the way: a :class:`Layer` where a layer belongs, else a plain module."""
     module = root
@@ -220,4 +227,4 @@ def install(
     return functions.of(root)
 
 
-__all__ = ["Functions", "Layer", "install", "module_at", "nest", "repeated_layers", "segments"]
+__all__ = ["Functions", "Layer", "install", "module_at", "nest", "read_outside", "repeated_layers", "segments"]

@@ -24,7 +24,7 @@ from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.effects import is_random
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.launch import check_same_program
-from tpcompile.layers import Functions, install, module_at, repeated_layers
+from tpcompile.layers import Functions, install, module_at, read_outside, repeated_layers
 from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
 from tpcompile.program import Asked, Options, Program
@@ -139,6 +139,7 @@ class _Variant:
     training: bool
     call: Callable[..., Any]
     random: bool
+    outside: list[str]  # tensors of layers that code outside of the layer reads
 
 
 class TensorParallel(nn.Module):
@@ -161,6 +162,7 @@ class TensorParallel(nn.Module):
         self._names = {n: c for n, c in captured.aliases.items() if c in captured.parameters}
         self._names |= {n: n for n in captured.parameters}
         self._groups = _bind_groups(program.mesh, group)
+        self._stage_group: dist.ProcessGroup | None = None  # the stages of a pipeline, if this is one of them
         self._variants: list[_Variant] = []
         self._random_checked = False
         object.__setattr__(self, "_skeleton", _skeleton(model))
@@ -218,7 +220,8 @@ class TensorParallel(nn.Module):
     def _add_variant(self, program: Program) -> _Variant:
         bound = bind(program, dist.get_rank(self._group), self._groups)
         call = install(self, bound, self._layers, self._functions)
-        variant = _Variant(program, program.captured.training, call, any(map(is_random, program.graph.nodes)))
+        random = any(map(is_random, program.graph.nodes))
+        variant = _Variant(program, program.captured.training, call, random, read_outside(bound, self._layers))
         self._variants.append(variant)
         return variant
 
@@ -266,7 +269,28 @@ class TensorParallel(nn.Module):
         variant, flat = self._variant_for(args, kwargs)
         if variant.random and not self._random_checked:
             self._check_generators()
+        self._check_held(variant)
         return variant.program.captured.unflatten(variant.call(self, *flat))
+
+    def _check_held(self, variant: _Variant) -> None:
+        """Refuse what ``fully_shard`` may have made of parameters and the graph does not know."""
+        for name in variant.outside:
+            path, _, last = name.rpartition(".")
+            if is_dtensor(getattr(self.get_submodule(path), last)):
+                raise TpcompileError(
+                    f"fully_shard has divided {name}, which is read outside of its layer",
+                    why="FSDP2 gathers a layer's parameters only while the layer runs",
+                    help="compile with per_layer=True, or apply fully_shard to the whole module alone",
+                )
+        for name, parameter in self.named_parameters():
+            wanted = variant.program.captured.parameters.get(self._names.get(name, name))
+            if wanted is not None and wanted.dtype != parameter.dtype:
+                raise TpcompileError(
+                    f"parameter {name} is {parameter.dtype}, and was compiled as {wanted.dtype}",
+                    why="dtypes are part of the captured graph; a MixedPrecisionPolicy of fully_shard changes them",
+                    help="use a policy without param_dtype, and convert the model before it is compiled",
+                )
+            break  # one tells: a policy's dtype is that of all parameters of the root
 
     def _check_generators(self) -> None:
         """Ranks must draw the same dropout masks: once, before the first of them."""
@@ -382,7 +406,13 @@ def _canonical_parameters(module: TensorParallel) -> Iterator[tuple[str, nn.Para
             yield canonical, parameter
 
 
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether it is divided by ``fully_shard``; what is not one needs no import of DTensor to tell."""
+    return hasattr(tensor, "full_tensor")
+
+
 def _gathered(module: TensorParallel, name: str, part: torch.Tensor) -> torch.Tensor:
+    part = cast("Any", part).full_tensor() if is_dtensor(part) else part
     dims = module._layouts.get(name, ())  # pyright: ignore[reportPrivateUsage]
     mesh, group = module._mesh, module._group  # pyright: ignore[reportPrivateUsage]
     if not any(axes_of(d) for d in dims):

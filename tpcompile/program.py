@@ -87,6 +87,8 @@ class Options:
             for its own part, which is cheaper, and other numbers (Megatron's way).
         recompute: what is run again in backward instead of being kept for it: ``"attention"`` (the scores, softmax,
             dropout and product with v), ``"layers"`` (every repeated layer), or None.
+        per_layer: every layer reads its own parameters alone, for ``fully_shard`` and :func:`tpcompile.pipeline_stage`;
+            gradients of whole parameters in cut regions are then summed in a bucket per layer instead of one per step.
     """
 
     sequence_parallel: bool = False
@@ -94,6 +96,7 @@ class Options:
     reduce_dtype: torch.dtype | None = None
     dropout: Literal["exact", "independent"] = "exact"
     recompute: Recompute = None
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         if self.reduce_dtype not in (None, torch.float32, torch.float64):
@@ -127,6 +130,7 @@ class Asked(TypedDict, total=False):
     reduce_dtype: torch.dtype | None
     dropout: Literal["exact", "independent"]
     recompute: Recompute
+    per_layer: bool
 
 
 @dataclass(frozen=True)
