@@ -29,8 +29,14 @@ from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
 from tpcompile.program import Program
 from tpcompile.spec import Spec
+from tpcompile.traced_calls import Accepts, accepts
 
 MAX_VARIANTS = 16
+UNTRACED = (
+    "tpcompile has no graph yet for this call (its arguments, sizes, train or eval mode, autocast): "
+    "call the module once without torch.compile, as it will be called with it"
+)
+"""What torch.compile(fullgraph=True) says to a call that must be captured, or refused, first."""
 
 
 def compile(
@@ -132,6 +138,7 @@ class _Variant:
     training: bool
     call: Callable[..., Any]
     random: bool
+    accepts: Accepts  # what torch.compile asks
 
 
 class TensorParallel(nn.Module):
@@ -156,6 +163,7 @@ class TensorParallel(nn.Module):
         self._variants: list[_Variant] = []
         self._random_checked = False
         object.__setattr__(self, "_skeleton", _skeleton(model))
+        self._untraced = torch.compiler.disable(self._eager, reason=UNTRACED)
         if hasattr(model, "config"):
             self.config = cast("Any", model).config
         self._fill(model, program)
@@ -209,7 +217,8 @@ class TensorParallel(nn.Module):
     def _add_variant(self, program: Program) -> _Variant:
         bound = bind(program, dist.get_rank(self._group), self._groups)
         call = install(self, bound, self._layers, self._functions)
-        variant = _Variant(program, program.captured.training, call, any(map(is_random, program.graph.nodes)))
+        random = any(map(is_random, program.graph.nodes))
+        variant = _Variant(program, program.captured.training, call, random, accepts(program.captured))
         self._variants.append(variant)
         return variant
 
@@ -254,13 +263,29 @@ class TensorParallel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own signature and outputs; whole (gathered) outputs on every rank."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return self._traced(args, kwargs)
+        return self._eager(args, kwargs)
+
+    def _eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         variant, flat = self._variant_for(args, kwargs)
-        if variant.random and not self._random_checked:
+        if variant.random:
             self._check_generators()
         return variant.program.captured.unflatten(variant.call(self, *flat))
 
+    def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """``forward`` as torch.compile traces it: the graph alone, where there is one for this call."""
+        for variant in self._variants:
+            if variant.training == self.training and (flat := variant.accepts(args, kwargs)) is not None:
+                if variant.random:
+                    self._check_generators()
+                return variant.program.captured.unflatten(variant.call(self, *flat))
+        return self._untraced(args, kwargs)
+
     def _check_generators(self) -> None:
-        """Ranks must draw the same dropout masks: once, before the first of them."""
+        """Ranks must draw the same dropout masks: once, before the first of them (when traced: while tracing)."""
+        if self._random_checked:
+            return
         state = sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
         try:
             check_same_program(state, self._group, state)
@@ -271,6 +296,8 @@ class TensorParallel(nn.Module):
                 help="call torch.manual_seed(same) on every rank before the first step",
             ) from error
         self._random_checked = True
+
+    setattr(_check_generators, "_dynamo_marked_constant", True)  # noqa: B010 - assume_constant_result, without Dynamo
 
 
 def rewrite_call(
