@@ -163,7 +163,7 @@ class TensorParallel(nn.Module):
         self._variants: list[_Variant] = []
         self._random_checked = False
         object.__setattr__(self, "_skeleton", _skeleton(model))
-        self._untraced = torch.compiler.disable(self._eager, reason=UNTRACED)
+        self._untraced: Callable[..., Any] = torch.compiler.disable(self._eager, reason=UNTRACED)
         if hasattr(model, "config"):
             self.config = cast("Any", model).config
         self._fill(model, program)

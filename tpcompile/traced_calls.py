@@ -79,7 +79,9 @@ def sizes_hold(captured: Captured) -> Callable[[Sequence[Sequence[int]]], bool]:
     def text(expression: Any) -> str:
         if unknown := expression.free_symbols - names.keys():
             raise ValueError(f"{expression} has {unknown}, which no input gives")
-        return printer.doprint(expression.xreplace({s: type(s)(names[s], integer=True) for s in expression.free_symbols}))
+        return printer.doprint(
+            expression.xreplace({s: type(s)(names[s], integer=True) for s in expression.free_symbols})
+        )
 
     for i, wanted in enumerate(captured.inputs):
         for dim, size in enumerate(wanted.example.shape):
@@ -91,7 +93,9 @@ def sizes_hold(captured: Captured) -> Callable[[Sequence[Sequence[int]]], bool]:
         if symbol in names:
             conditions += [f"{low} <= {names[symbol]}"] * (low > 0) + [f"{names[symbol]} <= {high}"] * (high < 2**62)
     lines = [f"    {names[s]} = shapes[{i}][{dim}]" for s, (i, dim) in captured._dims.items()]
-    source = "\n".join(["def holds(shapes):", *lines, f"    return {' and '.join(f'({c})' for c in conditions) or True}"])
+    source = "\n".join(
+        ["def holds(shapes):", *lines, f"    return {' and '.join(f'({c})' for c in conditions) or True}"]
+    )
     space: dict[str, Any] = {"math": math}
     exec(compile(source, "<tpcompile sizes>", "exec"), space)
     return space["holds"]
