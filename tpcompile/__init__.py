@@ -13,6 +13,7 @@ from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, 
 if TYPE_CHECKING:
     from tpcompile.compiler import rewrite
     from tpcompile.equivalence import Report, verify
+    from tpcompile.gradients import clip_grad_norm_, grad_norm
     from tpcompile.module import TensorParallel, compile, full_gradients, full_state_dict
     from tpcompile.planner import plan
     from tpcompile.program import Program
@@ -25,9 +26,11 @@ _HOMES = {
     "Report": "tpcompile.equivalence",
     "Spec": "tpcompile.spec",
     "TensorParallel": "tpcompile.module",
+    "clip_grad_norm_": "tpcompile.gradients",
     "compile": "tpcompile.module",
     "full_gradients": "tpcompile.module",
     "full_state_dict": "tpcompile.module",
+    "grad_norm": "tpcompile.gradients",
     "plan": "tpcompile.planner",
     "rewrite": "tpcompile.compiler",
     "verify": "tpcompile.equivalence",
@@ -56,9 +59,11 @@ __all__ = [
     "SpecError",
     "TensorParallel",
     "TpcompileError",
+    "clip_grad_norm_",
     "compile",
     "full_gradients",
     "full_state_dict",
+    "grad_norm",
     "plan",
     "rewrite",
     "verify",
