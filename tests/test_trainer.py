@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, cast
 
 import pytest
@@ -13,6 +11,7 @@ import torch.distributed as dist
 import transformers
 import zoo
 from distributed import run
+from test_distributed_models import Widened
 from torch import Tensor, nn
 
 import tpcompile
@@ -20,6 +19,7 @@ from tpcompile.compare import relative_error
 from tpcompile.errors import TpcompileError
 
 STEPS = 3
+pytestmark = pytest.mark.distributed
 
 
 class Lines(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -56,13 +56,14 @@ def losses(trainer: transformers.Trainer) -> list[tuple[float, float]]:
     return [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
 
 
-def on_one_device(folder: str) -> tuple[list[tuple[float, float]], dict[str, Tensor], dict[str, float]]:
+def on_one_device(folder: str) -> tuple[list[tuple[float, float]], dict[str, Tensor], float]:
     """The plain Trainer on a process of its own."""
     torch.set_num_threads(1)
     one: Any = model()
-    trainer = transformers.Trainer(model=one, args=arguments(folder), train_dataset=Lines(), eval_dataset=Lines())
-    trainer.train()
-    return losses(trainer), one.state_dict(), trainer.evaluate()
+    with Widened():
+        trainer = transformers.Trainer(one, arguments(folder), train_dataset=Lines(), eval_dataset=Lines())
+        trainer.train()
+        return losses(trainer), one.state_dict(), trainer.evaluate()["eval_loss"]
 
 
 def refusal(work: Any) -> str:
@@ -80,60 +81,98 @@ class Divided(Lines):
         return super().__getitem__((i + dist.get_rank()) % len(self))
 
 
+def plain(folder: str, inputs: Mapping[str, Tensor]) -> None:
+    kept = arguments(folder, remove_unused_columns=False)
+    tp = tpcompile.compile(model(), example_inputs=inputs)
+    transformers.Trainer(tp, kept, train_dataset=Lines()).train()
+
+
 def on_a_rank(folder: str) -> dict[str, Any]:
     from tpcompile.trainer import Trainer
 
     torch.set_num_threads(1)
     inputs = {"input_ids": Lines().ids[:4], "labels": Lines().ids[:4]}
-    tp = tpcompile.compile(model(), example_inputs=inputs)
-    trainer = Trainer(tp, arguments(folder), train_dataset=Lines(), eval_dataset=Lines())
-    trainer.train()
-    found: dict[str, Any] = {"losses": losses(trainer), "state": tpcompile.full_state_dict(tp)}
-    found["evaluated"] = trainer.evaluate()
-    found["predicted"] = len(trainer.predict(Lines()).predictions)  # pyright: ignore[reportArgumentType]
+    with Widened():
+        tp = tpcompile.compile(model(), example_inputs=inputs)
+        trainer = Trainer(tp, arguments(folder), train_dataset=Lines(), eval_dataset=Lines())
+        trainer.train()
+        evaluated, predicted = trainer.evaluate()["eval_loss"], trainer.predict(cast("Any", Lines())).predictions
     trainer.save_model()
     dist.barrier()
-
-    def plain() -> None:
-        again = tpcompile.compile(model(), example_inputs=inputs)
-        kept = arguments(folder, remove_unused_columns=False)
-        transformers.Trainer(model=again, args=kept, train_dataset=Lines()).train()
-
+    found: dict[str, Any] = {"losses": losses(trainer), "state": tpcompile.full_state_dict(tp), "evaluated": evaluated}
+    found |= {"predicted": predicted.shape, "variants": len(tp._variants)}
     found["divided"] = refusal(Trainer(tp, arguments(folder), train_dataset=Divided()).train)
-    for name, changes in {
-        "adafactor": {"optim": "adafactor"},
-        "checkpoints": {"save_strategy": "steps"},
-        "recomputed": {"gradient_checkpointing": True},
-    }.items():
+    for name, changes in CHANGED.items():
         found[name] = refusal(lambda c=changes: Trainer(tp, arguments(folder, **c), train_dataset=Lines()).train())
     found["not compiled"] = refusal(lambda: Trainer(model(), arguments(folder)))
-    found["plain"] = refusal(plain)
+    found["plain"] = refusal(lambda: plain(folder, inputs))
     return found
 
 
-@cache
-def answers() -> tuple[Any, list[dict[str, Any]], str]:
-    import tempfile
+CHANGED: Mapping[str, Mapping[str, Any]] = {
+    "adafactor": {"optim": "adafactor"},
+    "checkpoints": {"save_strategy": "steps"},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+REFUSED: Mapping[str, tuple[str, str]] = {  # -> what, a part of the rest
+    "adafactor": ('TrainingArguments(optim="adafactor") cannot be used with a compiled module', "adamw_torch"),
+    "checkpoints": ('TrainingArguments(save_strategy="steps") cannot be used', "save_only_model=True"),
+    "checkpointing": ("gradient checkpointing cannot be switched on in a compiled module", "when the graph is made"),
+    "divided": ("ranks were given different inputs", "tensor 0: [4, 9] torch.int64"),
+    "not compiled": ("tpcompile.trainer.Trainer trains what tpcompile.compile returned, not GPT2", "compile the model"),
+    "plain": ("DistributedDataParallel over the ranks [0, 1] that the model is cut over", "tpcompile.trainer.Trainer"),
+}
 
-    folder = tempfile.mkdtemp()
-    (one,) = run(on_one_device, 1, folder)
-    return one, run(on_a_rank, 2, folder), folder
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("trained"))
 
 
-pytestmark = pytest.mark.distributed
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[float, float]], dict[str, Tensor], float]:
+    (found,) = run(on_one_device, 1, str(tmp_path_factory.mktemp("one")))
+    return found
 
 
-def test_the_losses_and_gradient_norms_are_those_of_one_device() -> None:
-    (expected, _, _), ranks, _ = answers()
+@pytest.fixture(scope="module")
+def ranks(folder: str) -> list[dict[str, Any]]:
+    return run(on_a_rank, 2, folder)
+
+
+def test_losses_and_gradient_norms_are_those_of_one_device(one: Any, ranks: list[dict[str, Any]]) -> None:
+    """With dropout, clipping, and two batches a step with different numbers of labels."""
+    expected, _, evaluated = one
     assert len(expected) == STEPS
+    assert all(norm > 0.5 for _, norm in expected), "clipped"
     for rank in ranks:
-        for wanted, got in zip(expected, rank["losses"], strict=True):
-            assert got == pytest.approx(wanted, rel=1e-4)
+        # The Trainer adds up losses in float32.
+        assert rank["losses"] == [pytest.approx(row, rel=1e-6) for row in expected]
+        assert rank["evaluated"] == pytest.approx(evaluated, rel=1e-12)
+        assert rank["predicted"] == (len(Lines()), 9, zoo.VOCABULARY)
+        assert rank["variants"] == 2, "one to train, one to evaluate"
 
 
-def test_print():
-    one, ranks, folder = answers()
-    print(one[0], one[2])
-    for r in ranks: print({k: v for k, v in r.items() if k != "state"})
-    import os; print(os.listdir(folder))
-    for r in ranks: print(max(relative_error(one[1][n], r["state"][n]) for n in one[1]))
+def test_the_weights_are_those_of_one_device(one: Any, ranks: list[dict[str, Any]]) -> None:
+    _, expected, _ = one
+    before = model().state_dict()
+    for rank in ranks:
+        assert list(rank["state"]) == list(expected)
+        assert max(relative_error(expected[n], rank["state"][n]) for n in expected) <= 1e-10
+    assert max(relative_error(expected[n], before[n]) for n in expected) > 1e-3, "they were trained"
+
+
+def test_what_is_saved_is_the_original_model(folder: str, ranks: list[dict[str, Any]]) -> None:
+    loaded: Any = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float64)
+    state = loaded.state_dict()
+    assert list(state) == list(ranks[0]["state"])
+    assert all(torch.equal(state[n], x) for n, x in ranks[0]["state"].items())
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_not_be_one_device_is_refused(name: str, ranks: list[dict[str, Any]]) -> None:
+    what, rest = REFUSED[name]
+    for rank in ranks:
+        assert rank[name].startswith(what)
+        assert rest in rank[name]

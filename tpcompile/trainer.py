@@ -45,13 +45,15 @@ class Trainer(transformers.Trainer):
         state.num_processes, state.distributed_type = 1, DistributedType.NO
         self._compiled = cast("TensorParallel", model)
         super().__init__(model=model, args=args, **rest)
-        original, signature = self._compiled.original, self._compiled.program.captured.signature
-        takes_more = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        self.model_accepts_loss_kwargs = bool(getattr(original, "accepts_loss_kwargs", takes_more))
+        takes = self._compiled.program.captured.signature.parameters
+        takes_more = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        self.model_accepts_loss_kwargs = bool(getattr(self._compiled.original, "accepts_loss_kwargs", takes_more))
+        if args.label_names is None:
+            self.label_names = [n for n in takes if "label" in n or n in ("start_positions", "end_positions")]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            names = list(self._compiled.program.captured.signature.parameters)
+            names = self._compiled.program.captured.signature.parameters
             self._signature_columns = list(dict.fromkeys([*names, "label", "label_ids", *self.label_names]))
 
     def _prepare_inputs(self, inputs: Any) -> Any:
