@@ -18,6 +18,7 @@ from tpcompile import collectives
 from tpcompile.compare import backward, gradient_errors, relative_error
 from tpcompile.compiler import choose_spec
 from tpcompile.equivalence import Report, verify, verify_program
+from tpcompile.layout import axes_of
 from tpcompile.program import copy_graph
 from tpcompile.report import Collective
 from tpcompile.spec import Spec
@@ -78,11 +79,7 @@ def test_a_plan_cuts_adapters_too() -> None:
     spec = tpcompile.plan(model, degree=2, example_inputs=inputs)
     program = tpcompile.rewrite(model, spec, degree=2, example_inputs=inputs)
     check(verify_program(program, model, inputs))
-    cut = {
-        n.split("layers.0.")[-1]
-        for n, dims in program.parameters.items()
-        if any("tp" in named(program, d) for d in dims)
-    }
+    cut = {n.split("layers.0.")[-1] for n, dims in program.parameters.items() if any(map(axes_of, dims))}
     for module, part in (("q_proj", "B"), ("o_proj", "A"), ("gate_proj", "B"), ("down_proj", "A")):
         block = "self_attn" if module[1] == "_" else "mlp"
         other = {"A": "B", "B": "A"}[part]
