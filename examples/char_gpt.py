@@ -154,12 +154,13 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = CharGPT(len(characters))
+    name = "1 rank" if ranks == 1 else f"{ranks} ranks"
     started = time.perf_counter()
     cut = tpcompile.compile(model, SPEC, example_inputs=batches(text, characters)())
     held = sum(p.numel() for p in cut.parameters()) / sum(p.numel() for p in model.parameters())
     seconds = time.perf_counter() - started
     console.print(
-        f"{len(text)} characters; compiled in {seconds:.1f} s; each of {ranks} ranks holds {held:.0%} of the parameters"
+        f"{len(text)} characters; compiled for {name} in {seconds:.1f} s; a rank holds {held:.0%} of the parameters"
     )
 
     def clip_whole(module: nn.Module) -> Tensor:
@@ -168,7 +169,6 @@ def main() -> None:
     def clip_cut(module: nn.Module) -> Tensor:
         return tpcompile.clip_grad_norm_(module, 1.0)  # the norm of the whole model, not of this rank's parts
 
-    name = f"{ranks} ranks"
     found = {name: train(cut, clip_cut, batches(text, characters), options.steps, console, name)}
     if options.compare and dist.get_rank() == 0:
         one = "one device"

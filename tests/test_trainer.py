@@ -94,11 +94,11 @@ def on_a_rank(folder: str) -> dict[str, Any]:
     tp = tpcompile.compile(model(), example_inputs=inputs)
     trainer = Trainer(tp, arguments(folder), train_dataset=Lines(), eval_dataset=Lines())
     trainer.train()
-    evaluated, predicted = trainer.evaluate()["eval_loss"], trainer.predict(cast("Any", Lines())).predictions
+    evaluated, predicted = trainer.evaluate()["eval_loss"], trainer.predict(cast("Any", Lines()))
     trainer.save_model()
     dist.barrier()
     found: dict[str, Any] = {"losses": losses(trainer), "state": tpcompile.full_state_dict(tp), "evaluated": evaluated}
-    found |= {"predicted": predicted.shape, "variants": len(tp._variants)}
+    found |= {"predicted": cast("Any", predicted).predictions.shape, "variants": len(tp._variants)}
     found["divided"] = refusal(Trainer(tp, arguments(folder), train_dataset=Divided()).train)
     for name, changes in CHANGED.items():
         found[name] = refusal(lambda c=changes: Trainer(tp, arguments(folder, **c), train_dataset=Lines()).train())

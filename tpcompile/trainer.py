@@ -48,7 +48,7 @@ class Trainer(transformers.Trainer):
         takes = self._compiled.program.captured.signature.parameters
         takes_more = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         self.model_accepts_loss_kwargs = bool(getattr(self._compiled.original, "accepts_loss_kwargs", takes_more))
-        if args.label_names is None:
+        if not args.label_names:
             self.label_names = [n for n in takes if "label" in n or n in ("start_positions", "end_positions")]
 
     def _set_signature_columns_if_needed(self) -> None:
