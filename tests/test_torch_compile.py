@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from tpcompile.errors import CaptureError
 from tpcompile.layers import Layer
 from tpcompile.module import TensorParallel
 from tpcompile.spec import Spec
+from tpcompile.traced_calls import accepts
 
 # Dynamo looks at the .grad of whatever a region is given.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -141,6 +143,34 @@ def on_a_rank(names: Sequence[str], backend: str, layers: int) -> dict[str, Any]
     return found
 
 
+class Dropped(nn.Module):
+    """Draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.drop = nn.Linear(4, 8), nn.Linear(8, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.down(self.up(x).relu()))
+
+
+def seeded_differently() -> str:
+    torch.manual_seed(0)
+    tp = tpcompile.compile(Dropped(), Spec.parse("up column\ndown row"), example_inputs=(torch.ones(2, 4),))
+    torch.manual_seed(dist.get_rank())
+    try:
+        torch.compile(tp, fullgraph=True, backend="eager")(torch.ones(2, 4))
+    except Exception as error:  # noqa: BLE001 - Dynamo wraps what is raised while it traces
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_other_seeds_are_refused_while_tracing() -> None:
+    for message in run(seeded_differently, 2):
+        assert "ranks are seeded differently, and the model draws random numbers (dropout)" in message
+
+
 @cache
 def launched(names: Sequence[str], backend: str, layers: int) -> list[dict[str, Any]]:
     return run(on_a_rank, 2, names, backend, layers, timeout=540.0)
@@ -187,6 +217,36 @@ def test_inductor(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- in one process
+@pytest.mark.parametrize("name", ["gpt2", "nanogpt", "bert_mlm", "t5", "vit", "torch_transformer"])
+def test_a_traced_call_accepts_only_what_an_eager_one_does(name: str) -> None:
+    case = zoo.case(name)
+    asked = accepts(case.captured)
+    draw = random.Random(name)
+
+    def changed(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return draw.choice([value, value, value, None, 3])
+        sizes = [draw.choice([n, n, n, n, 1, n + 1, 16, 17, 40]) for n in value.shape]
+        return torch.ones(sizes, dtype=draw.choice([value.dtype] * 7 + [torch.float64]))
+
+    answers: Counter[tuple[bool, bool]] = Counter()
+    for _ in range(400):
+        call = {n: changed(x) for n, x in case.inputs.items() if draw.random() < 0.97}
+        traced = asked((), call)
+        try:
+            eager = case.captured.flatten((), call)
+        except CaptureError:
+            eager = None
+        answers[traced is not None, eager is not None] += 1
+        if traced is not None and eager is not None:
+            assert all(a is b for a, b in zip(traced, eager, strict=True))
+    assert asked((), case.inputs) is not None
+    assert answers[True, False] == 0
+    assert answers[False, True] == 0, "the same, where arguments are not nested"
+    assert answers[True, True] > 10
+    assert answers[False, False] > 10
+
+
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A group of this process alone."""
