@@ -52,9 +52,8 @@ class Trainer(transformers.Trainer):
             self.label_names = [n for n in takes if "label" in n or n in ("start_positions", "end_positions")]
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            names = self._compiled.program.captured.signature.parameters
-            self._signature_columns = list(dict.fromkeys([*names, "label", "label_ids", *self.label_names]))
+        names = self._compiled.program.captured.signature.parameters
+        self._signature_columns = list(dict.fromkeys([*names, "label", "label_ids", *self.label_names]))
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
