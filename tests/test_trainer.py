@@ -92,7 +92,8 @@ def on_a_rank(folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     inputs = {"input_ids": Lines().ids[:4], "labels": Lines().ids[:4]}
     tp = tpcompile.compile(model(), example_inputs=inputs)
-    trainer = Trainer(tp, arguments(folder), train_dataset=Lines(), eval_dataset=Lines())
+    saving = arguments(folder, save_strategy="steps", save_steps=2, save_only_model=True)
+    trainer = Trainer(tp, saving, train_dataset=Lines(), eval_dataset=Lines())
     trainer.train()
     evaluated, predicted = trainer.evaluate()["eval_loss"], trainer.predict(cast("Any", Lines()))
     trainer.save_model()
@@ -165,6 +166,13 @@ def test_what_is_saved_is_the_original_model(folder: str, ranks: list[dict[str, 
     assert list(state) == list(ranks[0]["state"])
     assert all(torch.equal(state[n], x) for n, x in ranks[0]["state"].items())
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_a_checkpoint_on_the_way_is_the_original_model_too(folder: str, ranks: list[dict[str, Any]]) -> None:
+    loaded: Any = transformers.GPT2LMHeadModel.from_pretrained(f"{folder}/checkpoint-2", dtype=torch.float64)
+    weight = loaded.transformer.h[0].attn.c_attn.weight
+    other = ranks[0]["state"]["transformer.h.0.attn.c_attn.weight"]
+    assert 0 < relative_error(other, weight) < 0.5, "one step less"
 
 
 @pytest.mark.parametrize("name", REFUSED)
