@@ -79,6 +79,11 @@ class Captured:
     _ranges: dict[sympy.Symbol, tuple[int, int]]
     _accepted: set[tuple[torch.Size, ...]] = field(default_factory=lambda: set[tuple[torch.Size, ...]]())
 
+    @property
+    def signature(self) -> inspect.Signature:
+        """Of the model's own forward."""
+        return self._signature
+
     def size(self, n: int | torch.SymInt | sympy.Expr) -> int:
         """``n`` with every symbol at its own large prime: equality and divisibility of sizes become integer tests."""
         if isinstance(n, int):

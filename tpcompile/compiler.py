@@ -94,7 +94,10 @@ def choose_spec(model: nn.Module, spec: SpecLike) -> Spec | None:
     if isinstance(spec, Spec):
         return spec
     if spec is None:
-        names = [c.__name__ for c in type(model).__mro__]
+        inner: Any = model
+        while type(inner).__module__.split(".")[0] == "peft" and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        names = [c.__name__ for c in type(inner).__mro__]
         return find_shipped(names) if shipped().keys() & set(names) else None
     if isinstance(spec, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         return Spec.load(spec)

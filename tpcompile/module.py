@@ -29,8 +29,14 @@ from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
 from tpcompile.program import Asked, Options, Program
 from tpcompile.spec import Spec
+from tpcompile.traced_calls import Accepts, accepts
 
 MAX_VARIANTS = 16
+UNTRACED = (
+    "tpcompile has no graph yet for this call (its arguments, sizes, train or eval mode, autocast): "
+    "call the module once without torch.compile, as it will be called with it"
+)
+"""What torch.compile(fullgraph=True) says to a call that must be captured, or refused, first."""
 
 
 def compile(
@@ -131,7 +137,7 @@ def _check_same_weights(model: nn.Module, group: dist.ProcessGroup) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Variant:
     """One captured form of the model: a training flag, a set of arguments."""
 
@@ -140,6 +146,7 @@ class _Variant:
     call: Callable[..., Any]
     random: bool
     outside: list[str]  # tensors of layers that code outside of the layer reads
+    accepts: Accepts  # what torch.compile asks
 
 
 class TensorParallel(nn.Module):
@@ -164,8 +171,10 @@ class TensorParallel(nn.Module):
         self._groups = _bind_groups(program.mesh, group)
         self._stage_group: dist.ProcessGroup | None = None  # the stages of a pipeline, if this is one of them
         self._variants: list[_Variant] = []
+        self._called: list[_Variant] = []
         self._random_checked = False
         object.__setattr__(self, "_skeleton", _skeleton(model))
+        self._untraced: Callable[..., Any] = torch.compiler.disable(self._eager, reason=UNTRACED)
         if hasattr(model, "config"):
             self.config = cast("Any", model).config
         self._fill(model, program)
@@ -213,6 +222,16 @@ class TensorParallel(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ code
     @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that the model is cut over."""
+        return self._group
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The model that was compiled, without its weights (parameters on meta); None if it could not be copied."""
+        return cast("nn.Module | None", object.__getattribute__(self, "_skeleton"))
+
+    @property
     def program(self) -> Program:
         """The rewritten program that was compiled first."""
         return self._variants[0].program
@@ -221,7 +240,8 @@ class TensorParallel(nn.Module):
         bound = bind(program, dist.get_rank(self._group), self._groups)
         call = install(self, bound, self._layers, self._functions)
         random = any(map(is_random, program.graph.nodes))
-        variant = _Variant(program, program.captured.training, call, random, read_outside(bound, self._layers))
+        outside = read_outside(bound, self._layers)
+        variant = _Variant(program, program.captured.training, call, random, outside, accepts(program.captured))
         self._variants.append(variant)
         return variant
 
@@ -233,7 +253,7 @@ class TensorParallel(nn.Module):
                     return variant, variant.program.captured.flatten(args, kwargs)
                 except CaptureError as error:
                     refused = refused or error
-        skeleton: nn.Module | None = object.__getattribute__(self, "_skeleton")
+        skeleton = self.original
         if skeleton is None or len(self._variants) >= MAX_VARIANTS:
             raise refused or CaptureError(
                 f"the model was compiled for {'eval' if self.training else 'train'} mode",
@@ -266,8 +286,17 @@ class TensorParallel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own signature and outputs; whole (gathered) outputs on every rank."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return self._traced(args, kwargs)
+        return self._eager(args, kwargs)
+
+    def _eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         variant, flat = self._variant_for(args, kwargs)
-        if variant.random and not self._random_checked:
+        self._check_data_parallel()
+        if variant not in self._called:
+            check_same_inputs(flat, self._group)
+            self._called.append(variant)
+        if variant.random:
             self._check_generators()
         self._check_held(variant)
         return variant.program.captured.unflatten(variant.call(self, *flat))
@@ -292,8 +321,41 @@ class TensorParallel(nn.Module):
                 )
             break  # one tells: a policy's dtype is that of all parameters of the root
 
+    def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """``forward`` as torch.compile traces it: the graph alone, where there is one for this call."""
+        for variant in self._variants:
+            if variant.training == self.training and (flat := variant.accepts(args, kwargs)) is not None:
+                if variant.random:
+                    self._check_generators()
+                return variant.program.captured.unflatten(variant.call(self, *flat))
+        return self._untraced(args, kwargs)
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Refused: what is kept for backward is part of the graph."""
+        raise TpcompileError(
+            "gradient checkpointing cannot be switched on in a compiled module",
+            why="what backward keeps and what it computes again is decided when the graph is made",
+            help='leave it off here, and compile with recompute="layers"',
+        )
+
+    def _check_data_parallel(self) -> None:
+        """DistributedDataParallel over these ranks would average the gradients of different parts."""
+        around = cast("Any", nn.parallel.DistributedDataParallel)._active_ddp_module
+        if around is None:
+            return
+        shared = {*dist.get_process_group_ranks(around.process_group)} & {*dist.get_process_group_ranks(self._group)}
+        if len(shared) > 1:
+            raise TpcompileError(
+                f"DistributedDataParallel over the ranks {sorted(shared)} that the model is cut over",
+                why="it has copied the parts of one rank to the others, and would average gradients of different parts",
+                help="wrap over the other dim of a mesh, DistributedDataParallel(tp, process_group=mesh['dp']."
+                "get_group()); for transformers use tpcompile.trainer.Trainer",
+            )
+
     def _check_generators(self) -> None:
-        """Ranks must draw the same dropout masks: once, before the first of them."""
+        """Ranks must draw the same dropout masks: once, before the first of them (when traced: while tracing)."""
+        if self._random_checked:
+            return
         state = sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
         try:
             check_same_program(state, self._group, state)
@@ -304,6 +366,32 @@ class TensorParallel(nn.Module):
                 help="call torch.manual_seed(same) on every rank before the first step",
             ) from error
         self._random_checked = True
+
+    setattr(_check_generators, "_dynamo_marked_constant", True)  # noqa: B010 - assume_constant_result, without Dynamo
+
+
+def check_same_inputs(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """All ranks were given the same tensors. Collective.
+
+    Raises:
+        RuntimeMismatchError: they were not, or not as many.
+    """
+    if any(type(x) is not torch.Tensor for x in tensors):  # fake, or of a tracer
+        return
+    described: list[str] = []
+    for i, tensor in enumerate(tensors):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 65536)].cpu().contiguous().view(torch.uint8)
+        digest = sha256(sample.numpy().tobytes()).hexdigest()[:16]
+        described.append(f"tensor {i}: {list(tensor.shape)} {tensor.dtype} {digest}")
+    try:
+        check_same_program("\n".join(described), group, "\n".join(described))
+    except RuntimeMismatchError as error:
+        raise RuntimeMismatchError(
+            "ranks were given different inputs",
+            why=(error.why or "").replace("of the program", "of the inputs' fingerprints"),
+            help="every rank of tensor parallelism runs the same batch: do not divide the data over these ranks",
+        ) from error
 
 
 def rewrite_call(

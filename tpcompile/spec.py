@@ -409,6 +409,11 @@ def resolve(
     return tuple(claims)
 
 
+def _without_adapters(name: str) -> str:
+    """What a parameter or module was called before PEFT wrapped the model, and the layer that it is in."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
 class _Model:
     """The names of a model, as patterns and errors need them."""
 
@@ -420,7 +425,14 @@ class _Model:
 
     def claimed(self, pattern: Pattern) -> list[str]:
         """The names of the parameters that a pattern claims, as matched."""
-        return [name for name in self.names if pattern.matches(name) or pattern.matches(name.rpartition(".")[0])]
+        found: list[str] = []
+        for name in self.names:
+            spellings = {name, name.rpartition(".")[0]}
+            if self.modules.get("", "").startswith("Peft"):
+                spellings |= {_without_adapters(spelling) for spelling in spellings}
+            if any(map(pattern.matches, spellings)):
+                found.append(name)
+        return found
 
     def matched(self, pattern: Pattern) -> list[str]:
         """The modules that a pattern matches, with or without parameters."""

@@ -441,8 +441,7 @@ def _public_state(model: nn.Module) -> dict[str, list[Any]]:
     for path, module in model.named_modules():
         for name, value in module.__dict__.items():
             if not name.startswith("_") and isinstance(value, torch.Tensor | int | float | torch.SymInt | list | dict):
-                held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,)
-                state[f"{path}.{name}" if path else name] = list(held)
+                state[f"{path}.{name}" if path else name] = pytree.tree_leaves(value)  # export remakes containers
     return state
 
 

@@ -1,0 +1,72 @@
+"""Ranks that were given different inputs, or are wrapped as if they were replicas, are stopped before they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run
+from torch import Tensor, nn
+
+import tpcompile
+from tpcompile.errors import RuntimeMismatchError, TpcompileError
+from tpcompile.module import TensorParallel
+from tpcompile.spec import Spec
+
+
+def compiled() -> TensorParallel:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    return tpcompile.compile(model, Spec.parse("0 column\n2 row"), example_inputs=(torch.ones(2, 4),))
+
+
+def refusal(call: Any, *args: Tensor) -> tuple[str, str]:
+    try:
+        call(*args)
+    except TpcompileError as error:
+        return type(error).__name__, f"{error.what}: {error.why}"
+    return "", ""
+
+
+def on_a_rank() -> dict[str, Any]:
+    torch.set_num_threads(1)
+    rank, x = dist.get_rank(), torch.ones(2, 4)
+    found: dict[str, Any] = {
+        "values": refusal(compiled(), x + rank),
+        "a last digit": refusal(compiled(), x + rank * 2**-22),
+        "sizes": refusal(compiled(), torch.ones(2 + rank, 4)),
+        "the same": refusal(compiled(), x),
+    }
+    wrapped: Any = nn.parallel.DistributedDataParallel(compiled())
+    found["replicas"] = refusal(wrapped, x)
+    alone: Any = nn.parallel.DistributedDataParallel(
+        compiled(), process_group=dist.new_group([rank], use_local_synchronization=True)
+    )
+    found["alone"] = refusal(alone, x)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, tuple[str, str]]]:
+    return run(on_a_rank, 2)
+
+
+@pytest.mark.distributed
+def test_different_inputs_are_refused_on_every_rank(ranks: list[dict[str, tuple[str, str]]]) -> None:
+    for found in ranks:
+        for question in ("values", "a last digit", "sizes"):
+            kind, said = found[question]
+            assert kind == RuntimeMismatchError.__name__
+            assert said.startswith("ranks were given different inputs")
+        assert "rank 0 has 'tensor 0: [2, 4] torch.float32" in found["sizes"][1]
+        assert found["the same"] == ("", "")
+
+
+@pytest.mark.distributed
+def test_replicas_are_wrapped_over_other_ranks_only(ranks: list[dict[str, tuple[str, str]]]) -> None:
+    for found in ranks:
+        assert found["replicas"][0] == TpcompileError.__name__
+        assert "DistributedDataParallel over the ranks [0, 1]" in found["replicas"][1]
+        assert found["alone"] == ("", "")
