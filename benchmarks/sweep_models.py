@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "models.json"
 DOCS = ROOT / "docs" / "models.md"
 SECONDS = 90  # a row may take
-GIGABYTES = 12
+GIGABYTES = 12  # of memory a row may take
 LISTED = 10  # reasons in the document
 
 OUTCOMES = {
