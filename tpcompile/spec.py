@@ -34,7 +34,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "row": "cut the index of the weight that is summed over",
         "vocab": "cut the vocabulary index of an embedding or a head",
         "experts": "give every rank some of the experts of a mixture",
-        "sequence": "with sequence_parallel=True, the positions of its values are spread over the ranks between the cut blocks",
+        "sequence": "with sequence_parallel=True, spread the positions of its values over the ranks",
         "replicate": "keep whole on every rank",
     }
 )
