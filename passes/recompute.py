@@ -17,12 +17,13 @@ from collections.abc import Sequence
 import torch
 import torch.fx
 
+from tpcompile import collectives
 from tpcompile.collectives import transition_of
 from tpcompile.effects import has_effect, is_random
 from tpcompile.errors import ShardingError, TpcompileError
 from tpcompile.layers import repeated_layers, segments
 from tpcompile.program import Program, copy_graph, where
-from tpcompile.recomputation import MARK
+from tpcompile.recomputation import GATHER, MARK
 from tpcompile.rules import op_name
 from tpcompile.sentence import tensor_operands
 
@@ -45,7 +46,12 @@ def recompute(program: Program) -> Program:
     if program.options.recompute is None:
         return program
     module, graph = copy_graph(program.graph_module)
-    found = _layers(program, graph) if program.options.recompute == "layers" else _cores(graph)
+    mutable = any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.nodes)
+    found = (
+        _layers(program, graph)
+        if program.options.recompute == "layers"
+        else _cores(graph, mutable) + _gathers(graph, mutable)
+    )
     if not found and not (program.options.recompute == "attention" and _is_fused(graph)):
         what = "no repeated layers" if program.options.recompute == "layers" else "no softmax between two products"
         warnings.warn(f"recompute={program.options.recompute!r} has no effect: the graph has {what}", stacklevel=2)
@@ -105,11 +111,10 @@ def _layers(program: Program, graph: torch.fx.Graph) -> list[tuple[str, list[tor
     return found
 
 
-def _cores(graph: torch.fx.Graph) -> list[tuple[str, list[torch.fx.Node]]]:
+def _cores(graph: torch.fx.Graph, mutable: bool) -> list[tuple[str, list[torch.fx.Node]]]:
     """The attention cores that can be run as one, their nodes moved together."""
     found: list[tuple[str, list[torch.fx.Node]]] = []
     taken: set[torch.fx.Node] = set()
-    mutable = any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.nodes)
     for softmax in [n for n in graph.nodes if n.op == "call_function" and op_name(n) in SOFTMAX]:
         core = _core(graph, softmax)
         if not core or core & taken or any(transition_of(node.target) is not None for node in core):
@@ -117,6 +122,24 @@ def _cores(graph: torch.fx.Graph) -> list[tuple[str, list[torch.fx.Node]]]:
         if nodes := _together(graph, core, mutable):
             found.append((str(softmax.meta.get("module") or softmax.name), nodes))
             taken |= core
+    return found
+
+
+def _gathers(graph: torch.fx.Graph, mutable: bool) -> list[tuple[str, list[torch.fx.Node]]]:
+    """Gathers of spread positions with the products of weights that read them: a rank keeps its own part alone
+    (Korthikanti et al. 2022, section 4.2.2)."""
+    found: list[tuple[str, list[torch.fx.Node]]] = []
+    for gather in list(graph.find_nodes(op="call_function", target=collectives.all_gather)):
+        region, pending, only_products = {gather}, list(gather.users), True
+        while pending:
+            node = pending.pop()
+            if op_name(node) in CHEAP and node not in region:
+                pending += node.users
+            elif not (op_name(node) in PRODUCTS and any(map(_is_weight, tensor_operands(node)))):
+                only_products = False
+            region.add(node)
+        if only_products and (nodes := _together(graph, region, mutable)):
+            found.append((f"{gather.meta.get('module')} {GATHER}", nodes))
     return found
 
 

@@ -222,6 +222,27 @@ def test_a_layer_of_gpt2_keeps_what_the_formula_says(attention: str, t: int) -> 
         assert paper + sum(besides.values()) == rank.layers["transformer.h.1"]
 
 
+@pytest.mark.parametrize("t", [2, 4])
+def test_sequence_parallelism_keeps_a_part_of_everything(t: int) -> None:
+    """(sbh/t)(34 + 5as/h), and what the two gathers of a layer make; with those and attention run again 34sbh/t."""
+    b, s, h, a = 3, 8, 64, 4
+    model = zoo.build("gpt2", training=True)
+    model.config.activation_function = "gelu"
+    model = type(model)(model.config).train().bfloat16()
+    for recompute in (None, "attention"):
+        program = tpcompile.rewrite(
+            model, degree=t, example_inputs=zoo.inputs("gpt2"), sequence_parallel=True, recompute=recompute
+        )
+        for rank in memory(program, resized(program, b, s)):
+            paper, besides = reconciled(rank.kept, "transformer.h.1")
+            if recompute is None:
+                assert paper * t == s * b * (34 * h + 5 * a * s) + 2 * 2 * s * b * h * (t - 1)
+            else:
+                assert paper * t == s * b * 34 * h
+            assert besides["means and deviations of layer norms"] == 4 * s * b * 2 // t
+            assert paper + sum(besides.values()) == rank.layers["transformer.h.1"]
+
+
 def test_states_are_those_of_adamw() -> None:
     """One device: parameters, gradients and the optimizer's state after a step, byte for byte."""
     model = BUILDERS["gpt2"](2)

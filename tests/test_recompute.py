@@ -366,3 +366,47 @@ def test_the_command_takes_it() -> None:
     assert math.inf > kept[""] > kept["attention"] > kept["layers"]
     result = CliRunner().invoke(cli.app, ["comm", TINY, "--recompute", "layers"])
     assert "(recomputed)" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------- with sequence parallelism
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "gpt_neox"])
+def test_with_sequence_parallelism_gathers_are_made_again(name: str, recompute: Recompute) -> None:
+    """Gradients are bitwise those of keeping everything, and the report is what a step sends."""
+    case = zoo.case(name, training=True)
+    everything = zoo.program(name, 2, training=True, options=Options(sequence_parallel=True))
+    again = zoo.program(name, 2, training=True, options=Options(sequence_parallel=True, recompute=recompute))
+    step = zoo.step(again, case.inputs)
+    assert difference(step, zoo.step(everything, case.inputs)) == 0.0
+    ran = Counter((r.kind, r.direction, r.bytes) for r in step.recorder.rows)
+    said: Counter[tuple[str, str, int]] = Counter()
+    for row in again.collectives:
+        said[row.kind, row.direction, row.bytes] += row.count
+    assert said == ran
+    more = Counter((r.kind, r.direction) for r in again.collectives) - Counter(
+        (r.kind, r.direction) for r in everything.collectives
+    )
+    if recompute == "attention":
+        in_layers = 0 if name == "gpt_neox" else 4  # GPT-NeoX gathers in front of the two norms of a layer
+        assert more == Counter({("all_gather", "backward"): in_layers + 1})  # the head reads one too
+
+
+def sequence_parallel_step() -> float:
+    """How far gradients with everything run again are from those of one device, on real ranks."""
+    torch.set_num_threads(1)
+    model, inputs = zoo.build("llama_gqa", training=True).double(), zoo.inputs("llama_gqa")
+    torch.manual_seed(0)
+    tp = tpcompile.compile(model, example_inputs=inputs, sequence_parallel=True, recompute="attention")
+    torch.manual_seed(1)
+    tp(**inputs).logits.square().mean().backward()
+    torch.manual_seed(1)
+    model(**inputs).logits.square().mean().backward()
+    found = tpcompile.full_gradients(tp)
+    return max(float((found[n] - p.grad).abs().max()) for n, p in model.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.distributed
+def test_so_they_are_on_real_ranks() -> None:
+    assert max(run(sequence_parallel_step, 2)) < 1e-12

@@ -161,7 +161,7 @@ class Functions:
 
     def __init__(self) -> None:
         self._made: dict[str, Callable[..., Any]] = {}
-        self._again: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
+        self._again: dict[tuple[Callable[..., Any], bool, bool], Callable[..., Any]] = {}
 
     def of(self, graph: torch.fx.Graph) -> Callable[..., Any]:
         """``forward(self, ...)`` of the graph, reading parameters from ``self``; regions of it are recomputed."""
@@ -179,11 +179,11 @@ class Functions:
     def _recomputed(self, graph: torch.fx.Graph, region: Region) -> Callable[..., Any]:
         """What runs a region's graph; it reads nothing from ``self``."""
         function = self.of(graph)
-        key = (function, region.random)
+        key = (function, region.random, region.regathers)
         if key not in self._again:
 
             def recomputed(*args: Any) -> Any:
-                return recompute(function, None, *args, random=region.random)
+                return recompute(function, region, None, *args)
 
             self._again[key] = recomputed
         return self._again[key]

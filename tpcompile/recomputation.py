@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.fx
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from tpcompile.effects import is_random
 
 MARK = "recompute"
 """Key of the region's name in ``node.meta``."""
+
+GATHER = "(gather)"
+"""How the name of a region ends that is a gather and the products that read it."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Region:
     inputs: tuple[torch.fx.Node, ...]
     outputs: tuple[torch.fx.Node, ...]
     random: bool  # whether it draws random numbers
+    regathers: bool  # whether it is a gather and the products that read it: only the gather is run again
 
 
 def regions(graph: torch.fx.Graph) -> list[Region]:
@@ -50,12 +54,19 @@ def _region(name: str, nodes: list[torch.fx.Node]) -> Region:
     own = set(nodes)
     inputs = tuple(dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in own))
     outputs = tuple(node for node in nodes if any(user not in own for user in node.users))
-    return Region(name, tuple(nodes), inputs, outputs, any(map(is_random, nodes)))
+    return Region(name, tuple(nodes), inputs, outputs, any(map(is_random, nodes)), name.endswith(GATHER))
 
 
-def recompute(function: Callable[..., Any], *args: Any, random: bool = True) -> Any:
-    """``function(*args)``, run again in backward; if ``random``, with the random numbers of the first time."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
+def recompute(function: Callable[..., Any], region: Region, *args: Any) -> Any:
+    """``function(*args)``, run again in backward, with the random numbers of the first time."""
+    context = _keeping_products if region.regathers else noop_context_fn
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=region.random, context_fn=context)
+
+
+def _keeping_products() -> tuple[Any, Any]:
+    """Results of matrix products are kept, since others keep them anyway; what they read is made again."""
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
+    return create_selective_checkpoint_contexts(kept)
 
 
 FunctionOf = Callable[[torch.fx.Graph, Region], Callable[..., Any]]
@@ -104,4 +115,4 @@ def _item(values: Any, index: int) -> Any:
     return values[index]
 
 
-__all__ = ["MARK", "Region", "folded", "recompute", "regions"]
+__all__ = ["GATHER", "MARK", "Region", "folded", "recompute", "regions"]

@@ -356,7 +356,7 @@ class Run:
             return tuple(env[program[i]] for env, program in zip(own, programs, strict=True) for i in outputs)
 
         flat = [env[program[i]] for env, program in zip(envs, programs, strict=True) for i in inputs]
-        made = recompute(body, *flat, random=region.random)
+        made = recompute(body, region, *flat)
         for rank, (env, program) in enumerate(zip(envs, programs, strict=True)):
             mine = made[rank * len(outputs) : (rank + 1) * len(outputs)]
             env.update({program[i]: x for i, x in zip(outputs, mine, strict=True)})
