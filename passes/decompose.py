@@ -75,6 +75,17 @@ def _log_softmax(site: Site) -> torch.fx.Node:
     return site.emit(aten.sub.Tensor, shifted, site.emit(aten.log.default, total))
 
 
+def _logsumexp(site: Site) -> torch.fx.Node:
+    """log(sum(exp(x - max))) + max, where the gradient of the maximum cancels; an infinite maximum is left alone."""
+    x, dims, keep = site.arg("self"), list(site.arg("dim")), bool(site.arg("keepdim"))
+    largest = site.emit(aten.amax.default, site.emit(aten.detach.default, x), dims, True)
+    largest = site.emit(aten.masked_fill.Scalar, largest, site.emit(aten.isinf.default, largest), 0.0)
+    weights = site.emit(aten.exp.default, site.emit(aten.sub.Tensor, x, largest))
+    total = site.emit(aten.log.default, site.emit(aten.sum.dim_IntList, weights, dims, True))
+    result = site.emit(aten.add.Tensor, total, largest)
+    return result if keep else site.emit(aten.squeeze.dims, result, dims)
+
+
 def _layer_norm(site: Site) -> torch.fx.Node:
     x, dims = site.arg("input"), [-1 - i for i in range(len(site.arg("normalized_shape")))]
     centred = site.emit(aten.sub.Tensor, x, site.emit(aten.mean.dim, x, dims, True))
@@ -129,6 +140,7 @@ def _cross_entropy(site: Site) -> torch.fx.Node | None:
 DECOMPOSITIONS: dict[str, Callable[[Site], torch.fx.Node | None]] = {
     "aten.softmax.int": _softmax,
     "aten.log_softmax.int": _log_softmax,
+    "aten.logsumexp.default": _logsumexp,
     "aten.layer_norm.default": _layer_norm,
     "aten.rms_norm.default": _rms_norm,
     "aten.cross_entropy_loss.default": _cross_entropy,

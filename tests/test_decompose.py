@@ -106,6 +106,24 @@ def test_functions_of_the_whole_cut_axis(between: nn.Module, degree: int) -> Non
     assert not [c for c in report.collectives if c.kind == "all_gather"], "the value itself must not travel"
 
 
+class WithZ(Loss):
+    """A loss with the z-loss of PaLM, as models write it: the square of the log of the softmax's normalizer."""
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.embed(ids))
+        z = logits.logsumexp(-1)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + 1e-2 * z.square().mean()
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_the_z_loss_on_cut_logits(degree: int) -> None:
+    torch.manual_seed(0)
+    given = (ids(0), ids(1))
+    report = tpcompile.verify(WithZ(), Spec.parse("embed head vocab"), degree=degree, example_inputs=given)
+    assert report.ok, report.mismatch
+    assert not [c for c in report.collectives if c.kind == "all_gather"]
+
+
 def test_a_missing_statistic_is_caught() -> None:
     """Negative control: without one of the all-reduces of statistics, verify fails."""
     torch.manual_seed(0)

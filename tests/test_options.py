@@ -98,6 +98,22 @@ def test_a_model_in_bfloat16_with_wide_sums(sequence_parallel: bool) -> None:
     assert {g.dtype for g in step.gradients[0].values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_autocast_is_part_of_the_graph(sequence_parallel: bool) -> None:
+    """float32 parameters, products and their sums over ranks in bfloat16; outside of it another call is refused."""
+    model, inputs = zoo.build("llama_gqa"), zoo.inputs("llama_gqa")
+    with torch.autocast("cpu", torch.bfloat16):
+        program = tpcompile.rewrite(model, degree=2, example_inputs=inputs, sequence_parallel=sequence_parallel)
+        assert verify_program(program, model, inputs).ok
+        step_inputs = program.captured.flatten((), inputs)
+    assert len(step_inputs) == 1
+    sums = [n for n in program.graph.nodes if "reduce" in n.name and "o_proj" in n.meta.get("module", "")]
+    assert sums
+    assert {n.args[0].meta["val"].dtype for n in sums} == {torch.bfloat16}
+    with pytest.raises(TpcompileError, match="called under no autocast"):
+        program.captured.flatten((), inputs)
+
+
 # ------------------------------------------------------------------------------------------------ dropout
 INDEPENDENT = Options(dropout="independent")
 
