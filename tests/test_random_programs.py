@@ -38,7 +38,7 @@ from tpcompile.compare import backward, gradient_errors, relative_error
 from tpcompile.compiler import rewrite_captured
 from tpcompile.equivalence import Report, verify_program
 from tpcompile.errors import CaptureError, ShardingError, TpcompileError
-from tpcompile.program import Program
+from tpcompile.program import Options, Program
 from tpcompile.rules import RULES, Rule
 from tpcompile.simulate import Simulation
 from tpcompile.spec import Spec
@@ -1122,10 +1122,10 @@ def reason(error: TpcompileError) -> str:
     return re.sub(r"\d+", "N", re.sub(r"`[^`]*`|'[^']*'", "_", (error.why or error.what).partition(" (cuts")[0]))[:90]
 
 
-def compiled(built: Built, captured: Captured, spec: Spec | None) -> Program | ShardingError:
+def compiled(built: Built, captured: Captured, spec: Spec | None, options: Options) -> Program | ShardingError:
     inputs = (built.inputs, dict[str, Any]())
     try:
-        return rewrite_captured(captured, spec, built.model, built.recipe.degree, inputs)
+        return rewrite_captured(captured, spec, built.model, built.recipe.degree, inputs, options=options)
     except ShardingError as error:
         return error
 
@@ -1185,7 +1185,8 @@ def buffers_differ(program: Program, built: Built) -> str | None:
 
 
 def check(built: Built, tally: Tally) -> list[str]:
-    """Compile for the drawn spec and for the plan; what became of each, and ``Wrong`` if it is not as it must be."""
+    """Compile for the drawn spec, for the plan, and for the plan with positions spread over the ranks; what became of
+    each, and ``Wrong`` if it is not as it must be."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of buffers that a step writes
         return list(_checked(built, tally))
@@ -1201,13 +1202,17 @@ def _checked(built: Built, tally: Tally) -> Iterator[str]:
             raise Wrong(f"a capture refused without {missing}: {error}\n\n{built}") from error
         yield "not captured"
         return
-    for spec in (Spec.parse(built.spec), None):
+    spread = Options(sequence_parallel=True)
+    for spec, options in ((Spec.parse(built.spec), Options()), (None, Options()), (None, spread)):
         tally.run += 1
-        kind = "spec" if spec is not None else "plan"
+        kind = "spec" if spec is not None else "spread plan" if options == spread else "plan"
         try:
-            program = compiled(built, captured, spec)
+            program = compiled(built, captured, spec, options)
             if isinstance(program, ShardingError):
                 tally.refused[reason(program)] += 1
+                if options == spread and program.what == "there is no sequence to spread over the ranks":
+                    yield "nothing to spread"
+                    continue
                 if (missing := unlocated(program)) or spec is None:
                     raise Wrong(f"{kind} refused, without {missing}: {program}\n\n{built}")
                 yield f"{kind} refused"
