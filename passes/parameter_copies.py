@@ -30,7 +30,8 @@ def parameter_copies(program: Program) -> Program:
     for node, layer in homes.items():
         if node.target is collectives.copy and node.args[0].op == "get_attr":  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
             found.setdefault((layer, str(node.args[1])), []).append(node)
-    several = {key: copies for key, copies in found.items() if len(copies) > 1}
+    # (per layer, the root's own stay apart: the stages of a pipeline divide them)
+    several = {key: copies for key, copies in found.items() if len(copies) > 1 and (key[0] or not per_layer)}
     merged = {node for copies in several.values() for node in copies}
     alone = [(node, layer) for node, layer in homes.items() if layer and node not in merged]
     if not several and not alone:

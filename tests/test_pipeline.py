@@ -46,11 +46,11 @@ def untied(name: str, layers: int = LAYERS, training: bool = False) -> nn.Module
         return kind(config).train(training)
 
 
-def rewritten(name: str, degree: int, layers: int = LAYERS) -> Program:
+def rewritten(name: str, degree: int, layers: int = LAYERS, options: Options = PER_LAYER) -> Program:
     model, inputs, text = untied(name, layers), zoo.inputs(name), zoo.MODELS[name].spec
     assert text is None
     spec = tpcompile.compiler.choose_spec(model, None)
-    return rewrite_captured(capture(model, (), inputs), spec, model, degree, ((), inputs), options=PER_LAYER)
+    return rewrite_captured(capture(model, (), inputs), spec, model, degree, ((), inputs), options=options)
 
 
 def parted(program: Program, count: int) -> tuple[list[fx.Graph], Mapping[str, int]]:
@@ -78,11 +78,19 @@ def in_turn(program: Program, graphs: Sequence[fx.Graph], inputs: Mapping[str, A
 
 
 @pytest.mark.parametrize(
-    ("name", "degree", "count"),
-    [("gpt2", 2, 2), ("gpt2", 1, 3), ("llama_few_kv", 4, 2), ("gpt_neox", 2, 3), ("falcon_mqa", 2, 2)],
+    ("name", "degree", "count", "options"),
+    [
+        ("gpt2", 2, 2, PER_LAYER),
+        ("gpt2", 1, 3, PER_LAYER),
+        ("llama_few_kv", 4, 2, PER_LAYER),
+        ("gpt_neox", 2, 3, PER_LAYER),
+        ("falcon_mqa", 2, 2, PER_LAYER),
+        ("llama_gqa", 2, 3, Options(per_layer=True, sequence_parallel=True)),
+        ("gpt2", 3, 2, Options(per_layer=True, sequence_parallel=True, recompute="attention")),
+    ],
 )
-def test_stages_in_turn_are_the_whole_graph_bit_for_bit(name: str, degree: int, count: int) -> None:
-    program, inputs = rewritten(name, degree), zoo.inputs(name)
+def test_stages_in_turn_are_the_whole_graph_bit_for_bit(name: str, degree: int, count: int, options: Options) -> None:
+    program, inputs = rewritten(name, degree, options=options), zoo.inputs(name)
     graphs, held = parted(program, count)
     outputs, gradients = in_turn(program, [program.graph], inputs)
     found, found_gradients = in_turn(program, graphs, inputs)

@@ -1213,7 +1213,7 @@ def _checked(built: Built, tally: Tally) -> Iterator[str]:
                 if options == spread and program.what == "there is no sequence to spread over the ranks":
                     yield "nothing to spread"
                     continue
-                if (missing := unlocated(program)) or spec is None:
+                if (missing := unlocated(program)) or (spec is None and options != spread):
                     raise Wrong(f"{kind} refused, without {missing}: {program}\n\n{built}")
                 yield f"{kind} refused"
                 continue
