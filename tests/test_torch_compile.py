@@ -376,3 +376,28 @@ def test_layers_that_differ_do_not_share_one(group: None) -> None:
         layer.compile(fullgraph=True, backend="aot_eager")
     tp(x.requires_grad_())  # as what comes out of a layer does
     assert (len(layers), graphs()) == (4, 2)
+
+
+def spread_step() -> tuple[float, float, float]:
+    """How far a compiled step with sequence parallelism and recomputation is from the eager one: logits, gradients, and
+    logits at another length."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, inputs = zoo.build("llama_gqa").double(), zoo.inputs("llama_gqa")
+    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"]] * 2, 1)[:, :11]}
+    tp = tpcompile.compile(model, example_inputs=inputs, sequence_parallel=True, recompute="attention")
+    logits = tp(**inputs).logits
+    logits.square().mean().backward()
+    eager = {n: p.grad.clone() for n, p in tp.named_parameters() if p.grad is not None}
+    tp.zero_grad()
+    whole = torch.compile(tp, fullgraph=True, backend="aot_eager")
+    again = whole(**inputs).logits
+    again.square().mean().backward()
+    gradients = max(float((p.grad - eager[n]).abs().max()) for n, p in tp.named_parameters() if p.grad is not None)
+    other = float((whole(**longer).logits - tp(**longer).logits).abs().max())
+    return float((again - logits).abs().max()), gradients, other
+
+
+def test_one_graph_with_sequence_parallelism_and_recomputation() -> None:
+    for found in run(spread_step, 2):
+        assert max(found) < 1e-12
