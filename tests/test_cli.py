@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false
 # A stand-in is not the class that it stands for.
 
+import importlib
 import io
 import json
 import re
@@ -101,6 +102,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return answers.report
 
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+    importlib.import_module("tpcompile.models")  # importing it later would undo the next line
     monkeypatch.setattr(tpcompile, "models", SimpleNamespace(load=load), raising=False)
     monkeypatch.setattr(tpcompile, "rewrite", rewrite, raising=False)
     monkeypatch.setattr(tpcompile, "verify", verify, raising=False)
