@@ -127,7 +127,7 @@ def byte_text(count: int) -> str:
 
 
 def time_text(timings: Mapping[str, float]) -> str:
-    """``capture 3.20 s, then 0.41 s (structure 0.12, place 0.20, emit 0.09)``; steps of less than 10 ms are not named."""
+    """``capture 3.20 s, then 0.41 s (structure 0.12, place 0.20, emit 0.09)``; steps below 10 ms are not named."""
     rest = {name: seconds for name, seconds in timings.items() if name != "capture"}
     parts = [f"capture {timings['capture']:.2f} s"] if "capture" in timings else []
     if rest:
