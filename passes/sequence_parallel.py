@@ -23,6 +23,7 @@ from tpcompile.rules import RULES, op_name
 from tpcompile.structure import Term, same_space, size
 
 SPREAD, WHOLE = "spread", "whole"
+ATTENTION = frozenset({"aten.softmax.int", "aten.scaled_dot_product_attention.default"})
 
 
 def sequence_parallel(program: Program) -> Program:
@@ -113,7 +114,7 @@ def _streams(program: Program, paths: list[list[torch.fx.Node]]) -> tuple[Term, 
         terms = values.get(node.name)
         if allowed is not None and terms and node.meta.get("module") in named:
             allowed += terms[0]
-        if node.op == "call_function" and terms and ("softmax" in op_name(node) or "attention" in op_name(node)):
+        if op_name(node) in ATTENTION and terms:
             call = program.call(node)
             sentence = RULES[op_name(node)].sentence(call)
             for labels, operand in zip(sentence.operands, call.operands, strict=True):
@@ -153,9 +154,8 @@ def _run_whole(program: Program) -> set[str]:
             continue
         free.add(node.name)
         for x in program.call(node).operands:
-            if (
-                "P" in program.table[x.name].settled[0].letters
-            ):  # summed here: an all-reduce instead of a reduce-scatter
+            if "P" in program.table[x.name].settled[0].letters:
+                # it is summed here: by a reduce-scatter, or by an all-reduce if the op runs whole
                 network.add_edge(SPREAD, node.name, capacity=math.prod(program.shape(x)))
     for node in program.graph.nodes:
         row = program.table.get(node.name)
