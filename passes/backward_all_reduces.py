@@ -3,7 +3,7 @@
 f commutes with every replicated op, so each op outside the cut regions may run before it (R) or behind it (H). An f
 costs the bytes of the value it stands on, a parameter's f next to nothing (all of them are reduced together, once,
 after backward). The cheapest choice is a minimum cut between what must be complete and what must be partial; among
-equal ones the latest is taken. GPT-NeoX and Falcon fall from two backward all-reduces per layer to one.
+equal ones the earliest is taken. GPT-NeoX and Falcon fall from two backward all-reduces per layer to one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _behind(program: Program, axis: int, grads: frozenset[str]) -> set[str]:
                     network.add_edge(wanted, SINK)
                 elif letter in "RP" and maker not in (SOURCE, SINK):
                     network.add_edge(SOURCE, maker, capacity=UNWANTED)
-    # from the sink's side: the partition closest to it is the latest minimum cut
+    # the larger of the sinks' sides: the earliest minimum cut
     _, (late, _) = nx.minimum_cut(network.reverse(copy=False), SINK, SOURCE)
     return {name for name in late if isinstance(name, str) and name in free}
 
