@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from tpcompile.pieces import Part, described, dtype_name, read_part, sync, uncut
 from tpcompile.together import all_do
 
 INDEX = "tpcompile.json"
+PARTS = re.compile(r"parts-[0-9a-f]{12}")
 FORMAT, VERSION = "tpcompile.checkpoint", 1
 WRITING = 3600.0
 """Seconds that the slowest rank may take to write or read its part longer than the fastest."""
@@ -73,11 +75,11 @@ def save(
 
     def describe() -> str:
         tp = compiled(module)
-        _check_can_be_saved(tp)
+        check_can_be_saved(tp)
         found = _content(tp, optimizer, extra)
         content.append((found, tp))
-        index.update(format=FORMAT, version=VERSION, degree=tp.group.size(), names=_names(tp), values=found.values)
-        index["tensors"] = described(found.parts, _mesh(tp))
+        index.update(format=FORMAT, version=VERSION, degree=tp.group.size(), names=names_of(tp), values=found.values)
+        index["tensors"] = described(found.parts, mesh_of(tp))
         same = [hash_of(found.parts[name].tensor) for name in sorted(found.shared)]
         return sha256(json.dumps([str(folder), index, same]).encode()).hexdigest()
 
@@ -91,7 +93,7 @@ def save(
         if not writes:
             return {}
         file = folder / name / f"rank{rank}.safetensors"
-        write_parts(file, found.parts, _mesh(tp), rank)
+        write_parts(file, found.parts, mesh_of(tp), rank)
         return {f"{name}/{file.name}": file.stat().st_size}
 
     sizes = all_do("tpcompile.save: write", write, WRITING)
@@ -126,7 +128,7 @@ def load(
 
     def check() -> str:
         tp = compiled(module)
-        _check_can_be_saved(tp)
+        check_can_be_saved(tp)
         index = _index(folder)
         _check_same_model(index, tp)
         if optimizer is not None:
@@ -139,9 +141,9 @@ def load(
     extra: list[Any] = []
 
     def read() -> None:
-        reader = _Reader(index["tensors"], files, _mesh(tp), dist.get_rank(tp.group))
+        reader = _Reader(index["tensors"], files, mesh_of(tp), dist.get_rank(tp.group))
         with torch.no_grad():
-            for name, (tensor, dims) in _tensors(tp).items():
+            for name, (tensor, dims) in tensors_of(tp).items():
                 tensor.copy_(reader.read(f"weights/{name}", dims))
         if optimizer is not None:
             optimizer.load_state_dict(_state_dict(reader, index["values"]["optimizer"], tp, optimizer))
@@ -154,7 +156,7 @@ def load(
 # ---------------------------------------------------------------------------------------------- what there is to save
 @dataclass
 class _Content:
-    """Tensors by their names in the files, and everything else as JSON; ``shared`` ones must be the same on all ranks."""
+    """Tensors by their names in the files, those that must be the same on all ranks, and everything else as JSON."""
 
     parts: dict[str, Part] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
@@ -174,7 +176,8 @@ def compiled(module: nn.Module) -> TensorParallel:
     return inside
 
 
-def _check_can_be_saved(tp: TensorParallel) -> None:
+def check_can_be_saved(tp: TensorParallel) -> None:
+    """Refuse a module whose tensors are cut in more ways than over the ranks of tensor parallelism."""
     if tp._stage_group is not None:  # pyright: ignore[reportPrivateUsage]
         raise TpcompileError(
             "a stage of a pipeline has only a part of the model",
@@ -196,17 +199,19 @@ def _check_can_be_saved(tp: TensorParallel) -> None:
             )
 
 
-def _names(tp: TensorParallel) -> dict[str, str]:
+def names_of(tp: TensorParallel) -> dict[str, str]:
+    """Every name of a parameter, and the first name of the same one."""
     return dict(sorted(tp._names.items()))  # pyright: ignore[reportPrivateUsage]
 
 
-def _mesh(tp: TensorParallel) -> Mesh:
+def mesh_of(tp: TensorParallel) -> Mesh:
+    """The grid of ranks that parameters are cut over."""
     return tp._mesh  # pyright: ignore[reportPrivateUsage]
 
 
-def _tensors(tp: TensorParallel) -> dict[str, tuple[Tensor, tuple[Layout, ...]]]:
+def tensors_of(tp: TensorParallel) -> dict[str, tuple[Tensor, tuple[Layout, ...]]]:
     """Parameters and persistent buffers with their layouts, tied ones once."""
-    names, layouts = _names(tp), tp.parameter_layouts()
+    names, layouts = names_of(tp), tp.parameter_layouts()
     found: dict[str, tuple[Tensor, tuple[Layout, ...]]] = {}
     for name, tensor in tp.state_dict(keep_vars=True).items():
         canonical = names.get(name, name)
@@ -216,7 +221,7 @@ def _tensors(tp: TensorParallel) -> dict[str, tuple[Tensor, tuple[Layout, ...]]]
 
 def _content(tp: TensorParallel, optimizer: optim.Optimizer | None, extra: Any) -> _Content:
     content = _Content()
-    for name, (tensor, dims) in _tensors(tp).items():
+    for name, (tensor, dims) in tensors_of(tp).items():
         content.parts[f"weights/{name}"] = Part(tensor.detach(), dims)
     content.values["optimizer"] = None if optimizer is None else _optimizer_content(content, tp, optimizer)
     content.values["extra"] = encoded(extra, "extra", _keeper(content))
@@ -241,7 +246,7 @@ def _by_parameter(tp: TensorParallel, optimizer: optim.Optimizer) -> list[list[s
             why="it is not known to treat every element alone, and a rank holds parts of parameters",
             help=f"use one of torch.optim's {', '.join(kind.__name__ for kind in ELEMENTWISE)}, or a subclass",
         )
-    names = {id(tensor): name for name, (tensor, _) in _tensors(tp).items()}
+    names = {id(tensor): name for name, (tensor, _) in tensors_of(tp).items()}
     found: list[list[str]] = []
     for i, group in enumerate(optimizer.param_groups):
         foreign = [j for j, p in enumerate(group["params"]) if id(p) not in names]
@@ -256,7 +261,7 @@ def _by_parameter(tp: TensorParallel, optimizer: optim.Optimizer) -> list[list[s
 
 def _optimizer_content(content: _Content, tp: TensorParallel, optimizer: optim.Optimizer) -> dict[str, Any]:
     keep = _keeper(content)
-    tensors = _tensors(tp)
+    tensors = tensors_of(tp)
     state: dict[str, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     for i, (group, names) in enumerate(zip(optimizer.param_groups, _by_parameter(tp, optimizer), strict=True)):
@@ -273,7 +278,7 @@ def _optimizer_content(content: _Content, tp: TensorParallel, optimizer: optim.O
                     state[name][key] = {"$part": place}
                 elif isinstance(value, Tensor) and value.numel() != 1 and any(map(axes_of, dims)):
                     raise TpcompileError(
-                        f"the optimizer's {key} of {name} is {list(value.shape)}, and the part here {list(parameter.shape)}",
+                        f"the optimizer's {key} of {name} is {list(value.shape)}, not {list(parameter.shape)}",
                         why="only state of the parameter's shape is cut as the parameter is",
                         help="use an optimizer that treats every element alone, such as AdamW",
                     )
@@ -359,8 +364,8 @@ def _remove_stale(folder: Path) -> None:
     used: set[str] = set()
     if (folder / INDEX).exists():
         used = {file.split("/")[0] for file in _index(folder)["files"]}
-    for other in folder.glob("parts-*"):
-        if other.name not in used:
+    for other in folder.iterdir():
+        if PARTS.fullmatch(other.name) and other.name not in used:
             shutil.rmtree(other)
 
 
@@ -408,10 +413,10 @@ def _files(folder: Path, index: Mapping[str, Any]) -> Mapping[int, Any]:
     """Every file of the checkpoint, opened, by the rank that wrote it."""
     opened: dict[int, Any] = {}
     for rank in range(index["degree"]):
-        name = next((n for n in index["files"] if Path(n).name == f"rank{rank}.safetensors"), f"rank{rank}.safetensors")
-        path, size = folder / name, index["files"].get(name)
+        name, size = next((n, s) for n, s in index["files"].items() if Path(n).name == f"rank{rank}.safetensors")
+        path = folder / name
         found = path.stat().st_size if path.exists() else None
-        if found != size or size is None:
+        if found != size:
             held = "is missing" if found is None else f"has {found} bytes, and was written with {size}"
             raise TpcompileError(f"{path} {held}", why="the checkpoint is damaged", help="use another checkpoint")
         try:
@@ -423,20 +428,24 @@ def _files(folder: Path, index: Mapping[str, Any]) -> Mapping[int, Any]:
 
 def _check_same_model(index: Mapping[str, Any], tp: TensorParallel) -> None:
     stored = {n.removeprefix("weights/"): t for n, t in index["tensors"].items() if n.startswith("weights/")}
-    here = {n: (list(Part(x, dims).whole), dtype_name(n, x.dtype)) for n, (x, dims) in _tensors(tp).items()}
-    rows = [f"{n} is {list(shape)} here, and not in the checkpoint" for n, (shape, _) in here.items() if n not in stored]
+    here = {n: (list(Part(x, dims).whole), dtype_name(n, x.dtype)) for n, (x, dims) in tensors_of(tp).items()}
+    rows = [
+        f"{n} is {list(shape)} here, and not in the checkpoint" for n, (shape, _) in here.items() if n not in stored
+    ]
     rows += [f"{n} is {t['shape']} in the checkpoint, and not here" for n, t in stored.items() if n not in here]
     for name in here.keys() & stored.keys():
         was, now = (stored[name]["shape"], stored[name]["dtype"]), here[name]
         if was != now:
             rows.append(f"{name} is {was[0]} {was[1]} in the checkpoint, {now[0]} {now[1]} here")
     if not rows:
-        ties, was = _names(tp), index["names"]
+        ties, was = names_of(tp), index["names"]
         rows = [f"{n} is tied here otherwise than in the checkpoint" for n in ties | was if ties.get(n) != was.get(n)]
     if rows:
         more = f"; and {len(rows) - 3} more" if len(rows) > 3 else ""
         raise TpcompileError(
-            "the checkpoint is of another model", why="; ".join(sorted(rows)[:3]) + more, help="compile the model that was saved"
+            "the checkpoint is of another model",
+            why="; ".join(sorted(rows)[:3]) + more,
+            help="compile the model that was saved",
         )
 
 
@@ -483,7 +492,7 @@ def _state_dict(
     reader: _Reader, stored: Mapping[str, Any], tp: TensorParallel, optimizer: optim.Optimizer
 ) -> dict[str, Any]:
     """The state dict that ``optimizer`` loads: its own numbers of parameters, this rank's parts."""
-    tensors = _tensors(tp)
+    tensors = tensors_of(tp)
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     for names, group in zip(_by_parameter(tp, optimizer), stored["groups"], strict=True):
@@ -504,4 +513,4 @@ def _entries(reader: _Reader, stored: Mapping[str, Any], dims: Sequence[Layout])
             yield key, decoded(value, reader.whole)
 
 
-__all__ = ["ELEMENTWISE", "compiled", "load", "save"]
+__all__ = ["ELEMENTWISE", "check_can_be_saved", "compiled", "load", "mesh_of", "names_of", "save", "tensors_of"]

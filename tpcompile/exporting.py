@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpcompile import shards
-from tpcompile.checkpoints import WRITING, _check_can_be_saved, _mesh, _names, _tensors, compiled  # pyright: ignore
+from tpcompile.checkpoints import WRITING, check_can_be_saved, compiled, mesh_of, names_of, tensors_of
 from tpcompile.collectives import group_device
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
 from tpcompile.layout import Layout, axes_of
@@ -50,7 +50,7 @@ def export(
     partial = folder.absolute().with_name(f".{folder.name}.exporting")
 
     def prepare() -> list[Any]:
-        _check_can_be_saved(compiled(module))
+        check_can_be_saved(compiled(module))
         if dist.get_rank() == 0:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise TpcompileError(
@@ -78,10 +78,10 @@ def export(
 
 
 def _write(folder: Path, tp: TensorParallel, max_shard_size: int) -> None:
-    tensors = _tensors(tp)
+    tensors = tensors_of(tp)
     shapes = {name: (x.dtype, Part(x, dims).whole) for name, (x, dims) in tensors.items()}
     files = _files(shapes, max_shard_size)
-    ties = {alias: name for alias, name in _names(tp).items() if alias != name}
+    ties = {alias: name for alias, name in names_of(tp).items() if alias != name}
     first = dist.get_rank(tp.group) == 0
     for file, part in files.items():
         gathered = _gathered(tp, [tensors[name] for name in order(part)])
@@ -121,7 +121,7 @@ def _files(shapes: Shapes, max_shard_size: int) -> Mapping[str, Shapes]:
 
 def _gathered(tp: TensorParallel, tensors: Sequence[tuple[Tensor, tuple[Layout, ...]]]) -> Iterator[Tensor]:
     """Each tensor whole, on the first rank of the group, and this rank's part on the others."""
-    mesh, group = _mesh(tp), tp.group
+    mesh, group = mesh_of(tp), tp.group
     rank = dist.get_rank(group)
     for tensor, dims in tensors:
         part = tensor.detach()
@@ -149,6 +149,9 @@ def _write_config(folder: Path, tp: TensorParallel) -> None:
     config = copy.deepcopy(config)
     if original is not None:
         config.architectures = [type(original).__name__]
+    dtype = next((x.dtype for x in tp.parameters() if x.is_floating_point()), None)
+    if dtype is not None:
+        config.dtype = str(dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     generation: Any = getattr(original, "generation_config", None)
     if hasattr(generation, "save_pretrained"):

@@ -110,7 +110,9 @@ def _boxes(dims: tuple[Layout, ...], mesh: Mesh, rank: int) -> list[tuple[Runs, 
 
 def _whole_boxes(dims: tuple[Layout, ...], mesh: Mesh, rank: int) -> list[list[Runs]]:
     """The same in positions of the whole tensor."""
-    return [[_of_whole(d, kept, mesh, rank) for d, kept in zip(dims, box, strict=True)] for box in _boxes(dims, mesh, rank)]
+    return [
+        [_of_whole(d, kept, mesh, rank) for d, kept in zip(dims, box, strict=True)] for box in _boxes(dims, mesh, rank)
+    ]
 
 
 def _of_whole(layout: Layout, kept: Runs, mesh: Mesh, rank: int) -> Runs:
@@ -120,7 +122,9 @@ def _of_whole(layout: Layout, kept: Runs, mesh: Mesh, rank: int) -> Runs:
     return tuple((int(run[0]), len(run)) for run in np.split(at, ends))
 
 
-def read_part(files: Mapping[int, Any], name: str, stored: Mapping[str, Any], dims: Sequence[Layout], mesh: Mesh, rank: int) -> Tensor:
+def read_part(
+    files: Mapping[int, Any], name: str, stored: Mapping[str, Any], dims: Sequence[Layout], mesh: Mesh, rank: int
+) -> Tensor:
     """What ``rank`` holds, under ``dims``, of the tensor ``name`` that :func:`described` has described as ``stored``.
 
     Args:
@@ -212,4 +216,16 @@ def sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-__all__ = ["DTYPES", "Part", "described", "dtype_name", "order", "put", "read_part", "sync", "uncut", "write_parts", "write_safetensors"]
+__all__ = [
+    "DTYPES",
+    "Part",
+    "described",
+    "dtype_name",
+    "order",
+    "put",
+    "read_part",
+    "sync",
+    "uncut",
+    "write_parts",
+    "write_safetensors",
+]

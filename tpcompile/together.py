@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -44,7 +44,7 @@ def exchange(what: str, value: str, timeout: float) -> list[str]:
                 why=f"all {count} ranks of the process group call it together; rank {mine} waited",
                 help="call it on every rank, not only where the rank is 0; or give a larger timeout",
             ) from error
-    found = [cast("bytes", store.get(key)).decode() for key in keys]
+    found = [store.get(key).decode() for key in keys]
     if number:  # whoever has come to this round has read the one before
         store.delete_key(f"tpcompile/{what}/{number - 1}/{mine}")
     _rounds[what] += 1
