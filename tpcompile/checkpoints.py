@@ -85,7 +85,7 @@ def save(
 
     _check_same(all_do("tpcompile.save", describe, timeout), "save")
     ((found, tp),) = content
-    name = all_do("tpcompile.save: prepare", lambda: _prepare(folder), timeout)[0]
+    name = all_do("tpcompile.save: prepare", lambda: _prepare(folder), WRITING)[0]
     writes = 0 in dist.get_process_group_ranks(tp.group)
     rank = dist.get_rank(tp.group)
 
