@@ -21,6 +21,7 @@ from safetensors.torch import load_file, load_model
 from test_distributed_models import Widened
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from training import WORDS, adamw, apart, batch, loss_of
 
 import tpcompile
@@ -149,8 +150,8 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def compiled(name: str, seed: int = 0) -> TensorParallel:
-    model = zoo.build(name).double()
+def compiled(name: str, seed: int = 0, layers: int = 2) -> TensorParallel:
+    model = zoo.build(name, layers).double()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -291,6 +292,20 @@ def test_what_cannot_be_saved_is_refused(two: Two, tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+def test_what_is_divided_further_is_refused(group: None, tmp_path: Path, monkeypatch: Any) -> None:
+    tp = compiled("gpt2", layers=1)
+    monkeypatch.setattr(tp, "_stage_group", tp.group)
+    for action in (tpcompile.save, tpcompile.load, tpcompile.export):
+        with pytest.raises(TpcompileError, match=r"a stage of a pipeline has only a part of the model"):
+            action(tmp_path / "c", tp)
+    monkeypatch.undo()
+    fully_shard(tp, mesh=init_device_mesh("cpu", (1,)))
+    for action in (tpcompile.save, tpcompile.load, tpcompile.export):
+        with pytest.raises(TpcompileError, match=r"fully_shard has divided transformer.wte.weight"):
+            action(tmp_path / "c", tp)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_name(two: Two, tmp_path: Path) -> None:
     one, _ = two
     tpcompile.save(tmp_path, one)
@@ -401,7 +416,7 @@ def test_export_of_a_model_that_is_not_of_transformers(group: None, tmp_path: Pa
 # ------------------------------------------------------------------------------------------ real ranks
 def start(name: str) -> TensorParallel:
     torch.set_num_threads(1)
-    return compiled(name)
+    return compiled(name, layers=1)
 
 
 def steps(tp: TensorParallel, optimizer: torch.optim.Optimizer, begin: int, end: int) -> list[float]:
@@ -513,7 +528,7 @@ def test_a_rank_that_dies_in_the_middle_of_a_save(group: None, tmp_path: Path) -
 
 
 def die(folder: Path) -> None:
-    tp = start("gpt2")
+    tp = compiled("gpt2")
     tpcompile.save(folder, tp, extra="old")
     changed(tp)
     put, count = pieces.put, [0]
