@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, SpecError, TpcompileError
 
 if TYPE_CHECKING:
+    from tpcompile.checkpoints import load, save
     from tpcompile.compiler import rewrite
     from tpcompile.equivalence import Report, verify
+    from tpcompile.exporting import export
     from tpcompile.gradients import clip_grad_norm_, grad_norm
     from tpcompile.module import TensorParallel, compile, full_gradients, full_state_dict
     from tpcompile.pipeline import pipeline_stage
@@ -29,12 +31,15 @@ _HOMES = {
     "TensorParallel": "tpcompile.module",
     "clip_grad_norm_": "tpcompile.gradients",
     "compile": "tpcompile.module",
+    "export": "tpcompile.exporting",
     "full_gradients": "tpcompile.module",
     "full_state_dict": "tpcompile.module",
     "grad_norm": "tpcompile.gradients",
+    "load": "tpcompile.checkpoints",
     "pipeline_stage": "tpcompile.pipeline",
     "plan": "tpcompile.planner",
     "rewrite": "tpcompile.compiler",
+    "save": "tpcompile.checkpoints",
     "verify": "tpcompile.equivalence",
 }
 
@@ -63,11 +68,14 @@ __all__ = [
     "TpcompileError",
     "clip_grad_norm_",
     "compile",
+    "export",
     "full_gradients",
     "full_state_dict",
     "grad_norm",
+    "load",
     "pipeline_stage",
     "plan",
     "rewrite",
+    "save",
     "verify",
 ]
