@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tpcompile.module import TensorParallel, compile, full_gradients, full_state_dict
     from tpcompile.pipeline import pipeline_stage
     from tpcompile.planner import plan
+    from tpcompile.pretrained import from_pretrained
     from tpcompile.program import Program
     from tpcompile.report import Collective
     from tpcompile.spec import Spec
@@ -29,6 +30,7 @@ _HOMES = {
     "TensorParallel": "tpcompile.module",
     "clip_grad_norm_": "tpcompile.gradients",
     "compile": "tpcompile.module",
+    "from_pretrained": "tpcompile.pretrained",
     "full_gradients": "tpcompile.module",
     "full_state_dict": "tpcompile.module",
     "grad_norm": "tpcompile.gradients",
@@ -63,6 +65,7 @@ __all__ = [
     "TpcompileError",
     "clip_grad_norm_",
     "compile",
+    "from_pretrained",
     "full_gradients",
     "full_state_dict",
     "grad_norm",
