@@ -4,9 +4,9 @@
     python benchmarks/load_memory.py --gib 2 --ranks 2 4 --write
 
 Makes a Llama checkpoint of random weights in a temporary folder, in files of 512 MB. Per rank: the bytes of its
-parameters (shards), the bytes it read from the files, and two peaks of resident memory over what the process had before:
-``total`` since the imports, with building and rewriting the model, and ``loading`` over a process that has rewritten the
-same model without weights. Capture and rewriting take what they take however large the weights are.
+parameters (shards), the bytes it read from the files, and its peak of resident memory (VmHWM), over two base lines:
+``total`` over the imports, with building and rewriting the model, and ``loading`` over the peak of a process that has
+rewritten the same model without weights. Capture and rewriting take what they take however large the weights are.
 ``--write`` records benchmarks/results/load_memory.json.
 """
 
@@ -16,7 +16,6 @@ import argparse
 import json
 import platform
 import re
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -56,7 +55,7 @@ def make(directory: Path, gib: float, dtype: torch.dtype) -> None:
 
 
 def resident(what: str) -> int:
-    """Bytes: VmRSS now, or VmHWM, the most since the process began or was last asked to forget."""
+    """Bytes of this process: VmRSS now, or VmHWM, the most since it began (ru_maxrss begins with the parent's)."""
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
@@ -77,7 +76,7 @@ def rank(directory: str, load: bool) -> dict[str, Any]:
 
         size = torch.distributed.get_world_size()
         tpcompile.rewrite(without_weights(Path(directory), None, torch.float32), degree=size)
-        return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base}
+        return {"peak": resident("VmHWM") - base}
     opened: list[Checkpoint] = []
     keep = Checkpoint.__init__
 
@@ -89,7 +88,7 @@ def rank(directory: str, load: bool) -> dict[str, Any]:
     start = time.perf_counter()
     module = tpcompile.from_pretrained(directory)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base
+    peak = resident("VmHWM") - base
     parts = [p.numel() * p.element_size() for p in module.parameters()]
     return {
         "peak": peak,
@@ -110,11 +109,19 @@ def measure(directory: Path, ranks: int) -> list[dict[str, Any]]:
     ):
         loading = found["peak"] - bare["peak"]
         goal = 1.1 * found["shards"] + found["largest"]
-        rows.append({"ranks": ranks, "rank": number, **found, "rewriting": bare["peak"], "loading": loading,
-                     "read_over_shards": round(found["bytes_read"] / found["shards"], 5),
-                     "total_over_shards": round(found["peak"] / found["shards"], 3),
-                     "loading_over_shards": round(loading / found["shards"], 3),
-                     "goal_met_by": [n for n, x in (("total", found["peak"]), ("loading", loading)) if x <= goal]})  # fmt: skip
+        rows.append(
+            {
+                "ranks": ranks,
+                "rank": number,
+                **found,
+                "rewriting": bare["peak"],
+                "loading": loading,
+                "read_over_shards": round(found["bytes_read"] / found["shards"], 5),
+                "total_over_shards": round(found["peak"] / found["shards"], 3),
+                "loading_over_shards": round(loading / found["shards"], 3),
+                "goal_met_by": [name for name, x in (("total", found["peak"]), ("loading", loading)) if x <= goal],
+            }
+        )
     return rows
 
 

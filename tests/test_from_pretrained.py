@@ -24,14 +24,15 @@ from tpcompile.compiler import rewrite
 from tpcompile.errors import TpcompileError
 from tpcompile.layout import Layout, axes_of
 
+configs: Any = transformers
 LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 48, "vocab_size": 131, "intermediate_size": 76}
 LLAMA: dict[str, Any] = {**LAYERS, "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64}
 CONFIGS: Mapping[str, Callable[[], Any]] = {
-    "gpt2": lambda: transformers.GPT2Config(
+    "gpt2": lambda: configs.GPT2Config(
         n_layer=2, n_embd=48, n_head=6, vocab_size=131, n_positions=64, bos_token_id=1, eos_token_id=2
     ),
-    "llama": lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False),
-    "bert": lambda: transformers.BertConfig(**LAYERS, num_attention_heads=6, max_position_embeddings=64),
+    "llama": lambda: configs.LlamaConfig(**LLAMA, tie_word_embeddings=False),
+    "bert": lambda: configs.BertConfig(**LAYERS, num_attention_heads=6, max_position_embeddings=64),
 }
 """GPT-2 with Conv1D, packed q, k and v and a tied head; Llama with 3 kv heads; BERT with a tied head and its bias."""
 
@@ -40,14 +41,15 @@ Cut = Callable[[nn.Module, Path], None]
 
 def saved(name: str, directory: Path, dtype: torch.dtype = torch.float64, **options: Any) -> Path:
     """A model with random weights as save_pretrained leaves it."""
-    models.build(CONFIGS[name](), dtype=dtype).save_pretrained(directory, **options)
+    model: Any = models.build(CONFIGS[name](), dtype=dtype)
+    model.save_pretrained(directory, **options)
     return directory
 
 
 def loaded(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The oracle: transformers' own from_pretrained."""
-    config = transformers.AutoConfig.from_pretrained(directory)
-    return getattr(transformers, config.architectures[0]).from_pretrained(directory, dtype=dtype or "auto")
+    (name,) = configs.AutoConfig.from_pretrained(directory).architectures
+    return getattr(transformers, name).from_pretrained(directory, dtype=dtype or "auto")
 
 
 def parts(directory: Path, degree: int, dtype: torch.dtype | None = None) -> float:
@@ -106,8 +108,9 @@ def test_a_wrong_slice_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_rank_reads_its_parts_and_no_more(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(**{**LLAMA, "hidden_size": 192, "intermediate_size": 520, "vocab_size": 1001})
-    models.build(config, dtype=torch.float32).save_pretrained(tmp_path)
+    config = configs.LlamaConfig(**{**LLAMA, "hidden_size": 192, "intermediate_size": 520, "vocab_size": 1001})
+    model: Any = models.build(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
     model = models.without_weights(tmp_path, None, torch.float32)
     program = rewrite(model, degree=3)
     for rank in range(3):
@@ -298,8 +301,9 @@ def test_names_without_and_with_the_prefix_of_the_base_model(name: str, tmp_path
 
 
 def test_what_transformers_merges_is_refused(tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(**LLAMA, num_local_experts=2, num_experts_per_tok=1)
-    models.build(config).save_pretrained(tmp_path)
+    config = configs.MixtralConfig(**LLAMA, num_local_experts=2, num_experts_per_tok=1)
+    model: Any = models.build(config)
+    model.save_pretrained(tmp_path)
     assert "is only a part of" in refused(tmp_path).what
 
 

@@ -154,13 +154,12 @@ def _parameters_on_meta() -> Generator[None]:
     register = nn.Module.register_parameter
     made = WeakIdKeyDictionary()
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            if parameter not in made:
-                empty = torch.empty_like(parameter, device="meta")
-                made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            parameter = made[parameter]
-        register(module, name, parameter)
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            if param not in made:
+                made[param] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+            param = made[param]
+        register(self, name, param)
 
     nn.Module.register_parameter = on_meta
     try:
