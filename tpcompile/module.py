@@ -272,6 +272,7 @@ class TensorParallel(nn.Module):
             raise error from refused
         check_same(program, self._group)
         self._check_layouts(program)
+        self._add_constants(program)
         variant = self._add_variant(program)
         return variant, program.captured.flatten(args, kwargs)
 
@@ -286,6 +287,22 @@ class TensorParallel(nn.Module):
                     why=f"held as {_layout_text(held, self._mesh)}, needed as {_layout_text(needed, program.mesh)}: "
                     "its graph ties the dims of parameters in another way than the one compiled first",
                     help="compile with the arguments, and in the mode (train or eval), of this call",
+                )
+
+    def _add_constants(self, program: Program) -> None:
+        """Hold the constants of another call's graph too; graphs number those that have no name of their own."""
+        held = dict(self.named_buffers(remove_duplicate=False))
+        for name, tensor in program.captured.constants.items():
+            if name not in held:
+                path, _, last = name.rpartition(".")
+                module_at(self, path, self._layers).register_buffer(last, tensor.detach().clone(), persistent=False)
+                self.train(self.training)  # the module that holds it may be new
+            elif name.startswith("_lifted.") and not _same_bytes(held[name], tensor):
+                raise CaptureError(
+                    "this call's graph has another constant in the place of one of the graph compiled first",
+                    why="the forward makes a tensor from Python values that depend on the mode or the arguments",
+                    help="compile with the arguments, and in the mode (train or eval), of this call; or make the "
+                    "tensors buffers of the module",
                 )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -372,6 +389,11 @@ class TensorParallel(nn.Module):
         self._random_checked = True
 
     setattr(_check_generators, "_dynamo_marked_constant", True)  # noqa: B010 - assume_constant_result, without Dynamo
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    x, y = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(x, y)
 
 
 def check_same_inputs(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
