@@ -269,6 +269,12 @@ def test_pickles_are_refused_with_what_to_do(gpt2: Path) -> None:
     assert "safe_serialization=True" in str(error.help)
 
 
+def test_names_of_the_hub_are_not_looked_up(tmp_path: Path) -> None:
+    error = refused(tmp_path / "gpt2")
+    assert error.what == f"there is no directory {tmp_path / 'gpt2'}"
+    assert "nothing is downloaded" in str(error.why)
+
+
 def test_tied_weights_under_two_names(gpt2: Path) -> None:
     """Equal ones are one parameter; different ones are refused, not silently one of the two."""
     changed(gpt2, lambda x: x.update({"lm_head.weight": x["transformer.wte.weight"].clone()}))

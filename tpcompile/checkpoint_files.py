@@ -237,6 +237,12 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 
 def _without_safetensors(directory: Path) -> TpcompileError:
+    if not directory.is_dir():
+        return TpcompileError(
+            f"there is no directory {directory}",
+            why="a checkpoint is looked for on this disk only; nothing is downloaded",
+            help="download it first: hf download NAME --local-dir DIR",
+        )
     others = sorted(path.name for path in directory.glob("*.bin*") if path.name.startswith("pytorch_model"))
     if others:
         return TpcompileError(
