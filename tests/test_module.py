@@ -141,6 +141,29 @@ def test_another_set_of_arguments_is_compiled_once(gpt2: Pair) -> None:
     assert not torch.equal(tp(**zoo.inputs("gpt2")).logits, tp(**inputs).logits)
 
 
+def test_constants_of_a_later_call(group: None, gpt2: Pair) -> None:
+    """A graph numbers its nameless constants from 0: those of another one are held too, or refused if they differ."""
+    model, tp = gpt2
+    ids = zoo.inputs("gpt2")["input_ids"]
+    assert not tp.program.captured.constants
+    torch.testing.assert_close(tp(ids).logits, model(ids).logits)  # makes empty caches
+    assert tp._variants[-1].program.captured.constants
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x)) * torch.tensor([2.0, 3.0, 5.0, 7.0 if self.training else 11.0])
+
+    x = torch.randn(3, 4)
+    scaled = tpcompile.compile(Scaled(), Spec.parse("up column\ndown row"), example_inputs=(x,))
+    scaled(x)
+    with pytest.raises(CaptureError, match="another constant"):
+        scaled.eval()(x)
+
+
 def test_autocast_is_compiled_too(group: None) -> None:
     model = zoo.build("mlp")
     tp = compiled("mlp", model)

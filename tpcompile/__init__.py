@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tpcompile.module import TensorParallel, compile, full_gradients, full_state_dict
     from tpcompile.pipeline import pipeline_stage
     from tpcompile.planner import plan
+    from tpcompile.pretrained import from_pretrained
     from tpcompile.program import Program
     from tpcompile.report import Collective
     from tpcompile.spec import Spec
@@ -32,6 +33,7 @@ _HOMES = {
     "clip_grad_norm_": "tpcompile.gradients",
     "compile": "tpcompile.module",
     "export": "tpcompile.exporting",
+    "from_pretrained": "tpcompile.pretrained",
     "full_gradients": "tpcompile.module",
     "full_state_dict": "tpcompile.module",
     "grad_norm": "tpcompile.gradients",
@@ -69,6 +71,7 @@ __all__ = [
     "clip_grad_norm_",
     "compile",
     "export",
+    "from_pretrained",
     "full_gradients",
     "full_state_dict",
     "grad_norm",

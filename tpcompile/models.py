@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tpcompile.errors import CaptureError, TpcompileError, Where
 
@@ -114,6 +115,57 @@ def build(
             model = cls(config)
             _perturb(model)
     return model.eval()
+
+
+def without_weights(directory: Path, dtype: torch.dtype | None, stored: torch.dtype) -> nn.Module:
+    """The model of a directory's config.json, in eval mode: parameters on meta, buffers with their values.
+
+    Its dtype is ``dtype``, or that of the config, or else ``stored``; what transformers keeps in float32, it keeps too.
+    """
+    text = str(directory)
+    with _offline(), _reported(f"{text}: the model cannot be built from its config"):
+        config, _, gguf = _config(_transformers(), text, text)
+        if gguf is not None or getattr(config, "quantization_config", None) is not None:
+            raise TpcompileError(
+                f"{text}: the weights are quantized, or in a GGUF file",
+                why="only plain tensors of safetensors files can be read in parts",
+                help="load the model with transformers, save it with save_pretrained, or pass it to tpcompile.compile",
+            )
+        cls = usual_class(config, text)
+        kept = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else stored)
+        for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+            if part is not None:
+                part.dtype = kept
+        with torch.random.fork_rng(devices=[]), _default_dtype(kept), _parameters_on_meta():
+            torch.manual_seed(SEED)
+            model: Any = cls(config)
+        if plan := model._get_dtype_plan(kept):
+            loading: Any = importlib.import_module("transformers.core_model_loading")
+            pattern, group_names, _ = loading.build_glob_alternation(list(plan))
+            for name, parameter in model.named_parameters():
+                if found := pattern.search(name):
+                    parameter.data = parameter.data.to(plan[group_names[found.lastgroup]])
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Generator[None]:
+    """A parameter loses its value as soon as a module has it; what several modules share stays shared."""
+    register = nn.Module.register_parameter
+    made = WeakIdKeyDictionary()
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            if param not in made:
+                made[param] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+            param = made[param]
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def _on_meta(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:

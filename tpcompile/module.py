@@ -31,6 +31,8 @@ from tpcompile.program import Asked, Options, Program
 from tpcompile.spec import Spec
 from tpcompile.traced_calls import Accepts, accepts
 
+Read = Callable[[str], torch.Tensor]
+"""From the canonical name of a parameter to this rank's part of it, as a tensor of its own."""
 MAX_VARIANTS = 16
 UNTRACED = (
     "tpcompile has no graph yet for this call (its arguments, sizes, train or eval mode, autocast): "
@@ -62,7 +64,7 @@ def compile(
         TpcompileError: see :func:`tpcompile.rewrite`; and when there is no process group, when parameters are on the
             meta device, or when ranks bring different programs or weights (RuntimeMismatchError).
     """
-    group = _group(mesh)
+    group = group_of(mesh)
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise TpcompileError(
@@ -72,11 +74,11 @@ def compile(
         )
     given = call_arguments_as_inputs(model, example_inputs)
     program = rewrite(model, spec, degree=group.size(), example_inputs=given, **options)
-    _check_same(program, group)
+    check_same(program, group)
     _check_same_weights(model, group)
     assert program.spec is not None, "rewrite finds or plans one"
     module = TensorParallel(model, program, program.spec, group)
-    _forget_weights(program)
+    forget_weights(program)
     return module
 
 
@@ -86,7 +88,8 @@ def call_arguments_as_inputs(model: nn.Module, example_inputs: Inputs) -> Inputs
     return kwargs if not args else (args if not kwargs else example_inputs)
 
 
-def _group(mesh: DeviceMesh | None) -> dist.ProcessGroup:
+def group_of(mesh: DeviceMesh | None) -> dist.ProcessGroup:
+    """The ranks that a model is cut over: those of the mesh, of its dim ``tp``, or all."""
     if mesh is None:
         return resolve_group(None)
     if not isinstance(mesh, DeviceMesh):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -106,7 +109,7 @@ def _group(mesh: DeviceMesh | None) -> dist.ProcessGroup:
     return mesh.get_group("tp")
 
 
-def _check_same(program: Program, group: dist.ProcessGroup) -> None:
+def check_same(program: Program, group: dist.ProcessGroup) -> None:
     """All ranks bring the same program, before the first of its collectives."""
     parameters = "\n".join(
         f"{n}: {tuple(p.shape)} {p.dtype} as {_layout_text(program.parameters.get(n, ()), program.mesh)}"
@@ -156,7 +159,10 @@ class TensorParallel(nn.Module):
     by all ranks together.
     """
 
-    def __init__(self, model: nn.Module, program: Program, spec: Spec, group: dist.ProcessGroup):
+    def __init__(
+        self, model: nn.Module, program: Program, spec: Spec, group: dist.ProcessGroup, read: Read | None = None
+    ):
+        """``read`` gives this rank's parts, for a model that has no weights; by default they are cut from its own."""
         super().__init__()
         captured = program.captured
         self._group = group
@@ -177,20 +183,18 @@ class TensorParallel(nn.Module):
         self._untraced: Callable[..., Any] = torch.compiler.disable(self._eager, reason=UNTRACED)
         if hasattr(model, "config"):
             self.config = cast("Any", model).config
-        self._fill(model, program)
+        self._fill(model, program, read or _own_weights(program, dist.get_rank(group)))
         self._add_variant(program)
         self.train(model.training)
 
     # ------------------------------------------------------------------------------------------------ parameters
-    def _fill(self, model: nn.Module, program: Program) -> None:
+    def _fill(self, model: nn.Module, program: Program, read: Read) -> None:
         """This rank's parameters and the model's buffers, under every name the model has for them."""
-        rank = dist.get_rank(self._group)
         local: dict[str, nn.Parameter] = {}
         for name, canonical in self._names.items():
             if canonical not in local:
                 whole = program.captured.parameters[canonical]
-                part = shards.cut(whole.detach(), self._layouts.get(canonical, ()), self._mesh, rank)
-                local[canonical] = nn.Parameter(part.clone(), requires_grad=whole.requires_grad)
+                local[canonical] = nn.Parameter(read(canonical), requires_grad=whole.requires_grad)
                 local[canonical].grad_dtype = whole.grad_dtype
             path, _, last = name.rpartition(".")
             module_at(self, path, self._layers).register_parameter(last, local[canonical])
@@ -266,8 +270,9 @@ class TensorParallel(nn.Module):
             program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs, self._options)
         except TpcompileError as error:
             raise error from refused
-        _check_same(program, self._group)
+        check_same(program, self._group)
         self._check_layouts(program)
+        self._add_constants(program)
         variant = self._add_variant(program)
         return variant, program.captured.flatten(args, kwargs)
 
@@ -282,6 +287,22 @@ class TensorParallel(nn.Module):
                     why=f"held as {_layout_text(held, self._mesh)}, needed as {_layout_text(needed, program.mesh)}: "
                     "its graph ties the dims of parameters in another way than the one compiled first",
                     help="compile with the arguments, and in the mode (train or eval), of this call",
+                )
+
+    def _add_constants(self, program: Program) -> None:
+        """Hold the constants of another call's graph too; graphs number those that have no name of their own."""
+        held = dict(self.named_buffers(remove_duplicate=False))
+        for name, tensor in program.captured.constants.items():
+            if name not in held:
+                path, _, last = name.rpartition(".")
+                module_at(self, path, self._layers).register_buffer(last, tensor.detach().clone(), persistent=False)
+                self.train(self.training)  # the module that holds it may be new
+            elif name.startswith("_lifted.") and not _same_bytes(held[name], tensor):
+                raise CaptureError(
+                    "this call's graph has another constant in the place of one of the graph compiled first",
+                    why="the forward makes a tensor from Python values that depend on the mode or the arguments",
+                    help="compile with the arguments, and in the mode (train or eval), of this call; or make the "
+                    "tensors buffers of the module",
                 )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -370,6 +391,11 @@ class TensorParallel(nn.Module):
     setattr(_check_generators, "_dynamo_marked_constant", True)  # noqa: B010 - assume_constant_result, without Dynamo
 
 
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    x, y = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(x, y)
+
+
 def check_same_inputs(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
     """All ranks were given the same tensors. Collective.
 
@@ -410,7 +436,17 @@ def captured_name(program: Program, name: str) -> str:
     return program.captured.aliases.get(name, name)
 
 
-def _forget_weights(program: Program) -> None:
+def _own_weights(program: Program, rank: int) -> Read:
+    """Parts of the parameters that the model itself has."""
+
+    def read(name: str) -> torch.Tensor:
+        whole = program.captured.parameters[name].detach()
+        return shards.cut(whole, program.parameters.get(name, ()), program.mesh, rank).clone()
+
+    return read
+
+
+def forget_weights(program: Program) -> None:
     """Let go of the whole weights, in place: a rank holds its part of them, and a program needs only their shapes."""
     for name, parameter in program.captured.parameters.items():
         program.captured.parameters[name] = _shape_of(parameter)
