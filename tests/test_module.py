@@ -83,6 +83,50 @@ def test_gradients_of_bfloat16_parameters_can_be_accumulated_in_float32(group: N
     assert {p.dtype for p in tp.parameters()} == {torch.bfloat16}
 
 
+class Traced(nn.Module):
+    """Which computes something else while it is traced, as some masks of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x) * (2.0 if torch.compiler.is_exporting() else self.factor)
+
+    factor = 1.0
+
+
+def test_a_graph_that_is_not_the_model_is_refused(group: None) -> None:
+    model, x = Traced(), (torch.randn(2, 8),)
+    with pytest.raises(CaptureError, match="the captured graph is not the model"):
+        tpcompile.compile(model, Spec.parse(""), example_inputs=x)
+    model.factor = 2.0  # the control
+    tpcompile.compile(model, Spec.parse(""), example_inputs=x)
+
+
+class Wide(nn.Module):
+    """With a region in which autocast is switched off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        with torch.autocast("cpu", enabled=False):
+            return y.float() @ y.float().mT
+
+
+def test_the_graph_has_the_casts_of_autocast_and_gets_no_others(group: None) -> None:
+    model, x = Wide(), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        tp = tpcompile.compile(model, Spec.parse(""), example_inputs=(x,))
+        expected, found = model(x), tp(x)
+        assert tpcompile.verify(model, Spec.parse("up replicate"), degree=2, example_inputs=(x,)).ok
+    assert found.dtype == expected.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_one_rank_communicates_nothing_and_computes_the_same(nanogpt: Pair) -> None:
     model, tp = nanogpt
     inputs = zoo.inputs("nanogpt")

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -286,6 +286,20 @@ def _leaf_paths(signature: inspect.Signature, args: Sequence[Any], kwargs: Mappi
 def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     kinds = ("cpu", "cuda")
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
+
+
+def outside_autocast(function: Callable[..., Any], state: tuple[tuple[str, torch.dtype], ...]) -> Callable[..., Any]:
+    """``function`` with the autocast modes of ``state`` switched off: what a captured graph runs in, casts included."""
+    if not state:
+        return function
+    (kind, _), *others = state
+    inner = outside_autocast(function, tuple(others))
+
+    def switched_off(*args: Any) -> Any:
+        with torch.autocast(kind, enabled=False):
+            return inner(*args)
+
+    return switched_off
 
 
 def _autocast_text(state: tuple[tuple[str, torch.dtype], ...]) -> str:

@@ -21,10 +21,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tpcompile import collectives, kernels, shards
+from tpcompile.capture import outside_autocast
 from tpcompile.collectives import transition_of
 from tpcompile.compare import backward, gradient_errors, largest, relative_error
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
-from tpcompile.errors import TpcompileError
+from tpcompile.errors import CaptureError, TpcompileError
 from tpcompile.layout import Concat, Layout, Leaf, Owned, Product, axes_of, concat, product, runs, size, whole_segments
 from tpcompile.localize import per_rank
 from tpcompile.placement import Placement, uncut
@@ -120,10 +121,11 @@ def verify_program(
     flat = program.captured.flatten(args, kwargs)
     eager = _run_eager(model, args, kwargs)
     wide = [_widened(x) for x in flat]
+    simulate = outside_autocast(_simulate, program.captured.autocast)
     try:
-        native = _simulate(program, program.graph_module, flat, torch.Tensor.detach)
+        native = simulate(program, program.graph_module, flat, torch.Tensor.detach)
         widened = _wide(program.graph_module)
-        exact = _simulate(program, widened, wide, _widened)
+        exact = simulate(program, widened, wide, _widened)
     except _Failure as failure:
         timings = {**program.timings, "compare": time.perf_counter() - start}
         infinite = (math.inf, math.inf, math.inf, math.inf)
@@ -158,6 +160,38 @@ def verify_program(
     )
 
 
+def check_capture(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Compare the captured graph with the model on the example inputs: outputs, once, in the model's own precision.
+
+    A model can compute something else while it is traced, and no look at its graph would tell.
+
+    Raises:
+        CaptureError: they differ by more than rounding.
+    """
+    captured = program.captured
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    try:
+        with _same_random_numbers():
+            expected = [_plain(x) for x in pytree.tree_leaves(model(*args, **kwargs))]
+    finally:
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                b.copy_(buffers[n])
+    own = {**captured.parameters, **_others(program, torch.Tensor.detach)}
+    with _same_random_numbers(), torch.no_grad():
+        run = outside_autocast(_Reference(captured.graph_module, own).run, captured.autocast)
+        found = list(run(*captured.flatten(args, kwargs)))
+    error = _errors(Run(expected), Run(found))[0]
+    dtypes = {x.dtype for x in expected if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    if not error <= max((torch.finfo(d).eps for d in dtypes), default=0.0) ** 0.5:
+        raise CaptureError(
+            f"the captured graph is not the model: outputs for the example inputs differ by {error:.1e}",
+            why="the model computes something else while it is traced",
+            help='for a transformers model try attn_implementation="eager": masks of fused attention are made in '
+            "another way while tracing",
+        )
+
+
 def _with_whole_outputs(program: Program) -> Program:
     """The program with the outputs gathered that ``gather_logits=False`` leaves cut, to be compared."""
     if program.options.gather_logits:
@@ -190,7 +224,7 @@ def _with_whole_outputs(program: Program) -> Program:
 def _allowed(program: Program, eager: Run) -> float:
     """What rounding may do in the model's own precision: sqrt(eps) of its coarsest floating dtype."""
     dtypes = {x.dtype for x in [*eager.outputs, *eager.gradients.values()] if isinstance(x, torch.Tensor)}
-    dtypes |= {p.dtype for p in program.captured.parameters.values()}
+    dtypes |= {p.dtype for p in program.captured.parameters.values()} | {d for _, d in program.captured.autocast}
     return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0) ** 0.5
 
 

@@ -19,9 +19,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile import shards
+from tpcompile.capture import outside_autocast
 from tpcompile.collectives import group_device, resolve_group, transition_of
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
 from tpcompile.effects import is_random
+from tpcompile.equivalence import check_capture
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, install, module_at, read_outside, repeated_layers
@@ -62,7 +64,8 @@ def compile(
 
     Raises:
         TpcompileError: see :func:`tpcompile.rewrite`; and when there is no process group, when parameters are on the
-            meta device, or when ranks bring different programs or weights (RuntimeMismatchError).
+            meta device, when ranks bring different programs or weights (RuntimeMismatchError), or when the model
+            computes something else for the example inputs than its captured graph (CaptureError).
     """
     group = group_of(mesh)
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
@@ -74,6 +77,7 @@ def compile(
         )
     given = call_arguments_as_inputs(model, example_inputs)
     program = rewrite(model, spec, degree=group.size(), example_inputs=given, **options)
+    check_capture(program, model, *call_arguments(model, example_inputs))
     check_same(program, group)
     _check_same_weights(model, group)
     assert program.spec is not None, "rewrite finds or plans one"
@@ -150,6 +154,10 @@ class _Variant:
     random: bool
     outside: list[str]  # tensors of layers that code outside of the layer reads
     accepts: Accepts  # what torch.compile asks
+
+    def run(self, module: nn.Module, *tensors: torch.Tensor) -> Any:
+        """Flat outputs of the code, which has the casts of autocast in it."""
+        return outside_autocast(self.call, self.program.captured.autocast)(module, *tensors)
 
 
 class TensorParallel(nn.Module):
@@ -320,7 +328,7 @@ class TensorParallel(nn.Module):
         if variant.random:
             self._check_generators()
         self._check_held(variant)
-        return variant.program.captured.unflatten(variant.call(self, *flat))
+        return variant.program.captured.unflatten(variant.run(self, *flat))
 
     def _check_held(self, variant: _Variant) -> None:
         """Refuse what ``fully_shard`` may have made of parameters and the graph does not know."""
@@ -348,7 +356,7 @@ class TensorParallel(nn.Module):
             if variant.training == self.training and (flat := variant.accepts(args, kwargs)) is not None:
                 if variant.random:
                     self._check_generators()
-                return variant.program.captured.unflatten(variant.call(self, *flat))
+                return variant.program.captured.unflatten(variant.run(self, *flat))
         return self._untraced(args, kwargs)
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:

@@ -118,7 +118,7 @@ class Stage(TensorParallel):
             )
         self._check_held(variant)
         received, given = args[: self._received], args[self._received :]
-        outputs = variant.call(self, *received, *variant.program.captured.flatten(given, kwargs))
+        outputs = variant.run(self, *received, *variant.program.captured.flatten(given, kwargs))
         if not self._last:
             return tuple(x.contiguous() for x in outputs)
         tensors = tuple(x for x in outputs if isinstance(x, Tensor))
