@@ -28,7 +28,7 @@ from tpcompile.equivalence import verify_program
 from tpcompile.errors import RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.layers import Layer
 from tpcompile.program import Options, Program, Recompute
-from tpcompile.recomputation import regions
+from tpcompile.recomputation import Region, regions
 from tpcompile.spec import Spec
 
 MODES: tuple[Recompute, ...] = ("attention", "layers")
@@ -36,6 +36,11 @@ MODES: tuple[Recompute, ...] = ("attention", "layers")
 
 def program(name: str, degree: int, recompute: Recompute, training: bool = True) -> Program:
     return zoo.program(name, degree, 2, training, Options(recompute=recompute))
+
+
+def fresh(function: Any, region: Region, *args: Any) -> Any:
+    """What `recompute` must not be: other random numbers the second time."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def difference(one: zoo.Step, other: zoo.Step) -> float:
@@ -85,9 +90,6 @@ def test_it_is_proved_in_float64(mode: Recompute) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_masks_are_replayed(mode: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the random numbers of the first time, gradients are others; and so the proof fails."""
-
-    def fresh(function: Any, *args: Any, random: bool) -> Any:
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     given = zoo.inputs("gpt2")
     plain, again = program("gpt2", 2, None), program("gpt2", 2, mode)
@@ -219,9 +221,6 @@ def test_another_variant_recomputes_too(group: None) -> None:
 
 def test_fresh_masks_are_noticed_in_the_module(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from tpcompile import layers
-
-    def fresh(function: Any, *args: Any, random: bool) -> Any:
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     given = zoo.inputs("nanogpt")
     model = zoo.build("nanogpt", layers=2, training=True)

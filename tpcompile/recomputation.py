@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.fx
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tpcompile.effects import is_random
 
@@ -59,8 +59,10 @@ def _region(name: str, nodes: list[torch.fx.Node]) -> Region:
 
 def recompute(function: Callable[..., Any], region: Region, *args: Any) -> Any:
     """``function(*args)``, run again in backward, with the random numbers of the first time."""
-    context = _keeping_products if region.regathers else noop_context_fn
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=region.random, context_fn=context)
+    random = region.random
+    if not region.regathers:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random, context_fn=_keeping_products)
 
 
 def _keeping_products() -> tuple[Any, Any]:
