@@ -6,7 +6,6 @@ import copy
 import gc
 import io
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,17 +32,6 @@ def test_without_a_process_group_it_says_so() -> None:
         tpcompile.compile(zoo.build("mlp"), Spec.parse("up.* column\ndown.* row"), example_inputs=zoo.inputs("mlp"))
     assert caught.value.what == "there is no process group"
     assert caught.value.why == "torch.distributed has no process group yet"
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A group of this process alone."""
-    folder = tmp_path_factory.mktemp("group")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
 
 
 def compiled(name: str, model: nn.Module, inputs: Any = None) -> TensorParallel:

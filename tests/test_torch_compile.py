@@ -247,17 +247,6 @@ def test_a_traced_call_accepts_only_what_an_eager_one_does(name: str) -> None:
     assert answers[False, False] > 10
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A group of this process alone."""
-    folder = tmp_path_factory.mktemp("group")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
-
-
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
