@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import zoo
+from distributed import run
 from torch import nn
 
 import tpcompile
@@ -180,3 +182,28 @@ def test_verify_says_what_it_cannot_compare() -> None:
     case = zoo.case("gpt2", training=True)
     with pytest.raises(TpcompileError, match="verify cannot compare independent dropout"):
         verify_program(zoo.program("gpt2", 2, training=True, options=INDEPENDENT), case.model, case.inputs)
+
+
+# ------------------------------------------------------------------------------------------------ on real processes
+def on_this_rank() -> tuple[list[int], float, float, float]:
+    """Shape of a cut output, how far its values are from the model's, a wide sum, and an output under own masks."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rank, model, inputs = dist.get_rank(), zoo.build("llama_gqa"), zoo.inputs("llama_gqa")
+    part = tpcompile.compile(model, example_inputs=inputs, gather_logits=False)(**inputs).logits
+    apart = float((part - model(**inputs).logits[..., 64 * rank : 64 * (rank + 1)]).abs().max())
+    x = torch.ones(1, 1, dtype=torch.bfloat16)
+    spec = Spec.parse("up column\ndown row\n")
+    total = tpcompile.compile(Sum().bfloat16(), spec, example_inputs=(x,), reduce_dtype=torch.float32)(x)
+    dropping, given = zoo.build("gpt2", training=True), zoo.inputs("gpt2")
+    own = tpcompile.compile(dropping, example_inputs=given, dropout="independent")(**given).logits
+    return list(part.shape), apart, float(total), float(own.sum())
+
+
+@pytest.mark.distributed
+def test_options_on_real_processes() -> None:
+    first, second = run(on_this_rank, 2)
+    assert first[0] == second[0] == [zoo.BATCH, zoo.LENGTH, 64]
+    assert max(first[1], second[1]) < 1e-5
+    assert first[2] == second[2]
+    assert first[3] == second[3], "what ranks hold in common they agree on"
