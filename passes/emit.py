@@ -438,17 +438,28 @@ class _Emitter:
         made.meta |= {"val": value.meta["val"], "placement": placed, "origin": value.name, "user": user.name}
 
     def _output(self, node: torch.fx.Node) -> None:
-        def leave(value: Any) -> Any:
+        """Outputs are gathered, but for what stays where it is: tensors of caches, and logits if that is asked for."""
+        caches = self.program.captured.cache_outputs()
+
+        def leave(index: int, value: Any) -> Any:
             if isinstance(value, torch.fx.Node) and value.name in self.program.table:
                 want = uncut(self.program.shape(value), self.mesh)
-                last = self.program.table[value.name].settled[0].dims[-1:]
+                have = self.program.table[value.name].settled[0]
+                last = have.dims[-1:]
                 cut = [d for d in last if axes_of(d) and not isinstance(d, Spread)]
-                if cut and not self.program.options.gather_logits:
+                if index in caches and all(self._stays(d) for d in have.dims):
+                    want = cut_as(have.dims, self.mesh)
+                elif cut and not self.program.options.gather_logits:
                     want = cut_as((*want.dims[:-1], *last), self.mesh)
                 return self.place(value, want, value)
             return self.env[value] if isinstance(value, torch.fx.Node) else value
 
-        self.graph.output(torch.fx.map_arg(node.args[0], leave))
+        outputs: Any = node.args[0]
+        self.graph.output(tuple(leave(i, x) for i, x in enumerate(outputs)))
+
+    def _stays(self, layout: Layout) -> bool:
+        """Whether a dim is whole, or cut alike whatever the sizes of a call."""
+        return not axes_of(layout) or not any(size(layout) % hint == 0 for hint in self.program.captured.hints.values())
 
 
 def _with_dim(dims: tuple[Layout, ...], dim: int, layout: Layout) -> tuple[Layout, ...]:

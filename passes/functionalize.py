@@ -109,6 +109,8 @@ class _Writes:
 
 def _lies_in(view: torch.fx.Node, parents: list[torch.fx.Node]) -> bool:
     """Whether a view was really taken, and not a copy, where the graph was traced."""
+    if op_name(view) in _ALWAYS_VIEWS:
+        return len(parents) == 1
     return len(parents) == 1 and set(storages(view)) <= set(storages(parents[0]))
 
 
@@ -211,6 +213,12 @@ def _spliced(undo: _Undo, new: torch.fx.Node, dim: int, low: int, high: int | No
     return undo.emit(aten.cat.default, parts, dim) if len(parts) > 1 else new
 
 
+_ALWAYS_VIEWS = frozenset(
+    f"aten.{name}"
+    for name in "view.default unsqueeze.default squeeze.dim squeeze.dims squeeze.default transpose.int permute.default "
+    "select.int slice.Tensor alias.default".split()
+)
+"""Ops that never copy, whatever the strides (reshape and flatten may)."""
 _UNDONE: dict[str, Callable[[_Undo, torch.fx.Node], torch.fx.Node]] = {
     **dict.fromkeys(
         (

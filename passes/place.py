@@ -41,7 +41,7 @@ def place(program: Program) -> Program:
         if node.op == "call_function" and is_inplace(node):
             _refuse_cut_memory(node, table, held)
         if node.op == "placeholder" and isinstance(value, torch.Tensor):
-            table[node.name] = _given(uncut(program.shape(node), program.mesh), "an input: the same on every rank")
+            table[node.name] = _input(program, node)
         elif node.op == "get_attr" and isinstance(value, torch.Tensor):
             table[node.name] = _attribute(program, node)
         elif node.op == "call_function" and node.target is operator.getitem:
@@ -81,6 +81,14 @@ def needs_grad(program: Program) -> frozenset[str]:
 
 def _given(placement: Placement, reason: str) -> Row:
     return Row((), (placement,), (placement,), reason)
+
+
+def _input(program: Program, node: torch.fx.Node) -> Row:
+    placed = uncut(program.shape(node), program.mesh)
+    if held := program.held.get(node.name):
+        placed = cut_as([held.get(d, whole) for d, whole in enumerate(placed.dims)], program.mesh)
+        return _given(placed, "a cache: every rank holds its own part")
+    return _given(placed, "an input: the same on every rank")
 
 
 def _attribute(program: Program, node: torch.fx.Node) -> Row:

@@ -11,10 +11,11 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import networkx as nx
 import sympy
 import torch
 import torch.utils._pytree as pytree
@@ -22,6 +23,7 @@ from torch import fx, nn
 from torch.utils._sympy.functions import Mod
 from torch.utils._sympy.printers import PythonPrinter
 
+from tpcompile import caches
 from tpcompile.errors import CaptureError, Where
 from tpcompile.inlining import Inliner, Names
 from tpcompile.tracing import PLAIN, Guard, Trace, flattened, refuse_hooks, trace, warn_of_lost_state
@@ -77,6 +79,7 @@ class Captured:
     _signature: inspect.Signature
     _dims: dict[sympy.Symbol, tuple[int, int]]  # symbol -> (input, dim) that defines it
     _ranges: dict[sympy.Symbol, tuple[int, int]]
+    _shells: Mapping[str, caches.Shell]  # of the caches among the arguments
     _accepted: set[tuple[torch.Size, ...]] = field(default_factory=lambda: set[tuple[torch.Size, ...]]())
 
     @property
@@ -114,7 +117,7 @@ class Captured:
                 tensors.append(leaf)
             elif not _same_constant(slot.value, leaf):
                 raise _other_argument(slot.path, repr(slot.value), leaf)
-        sizes = tuple(tensor.shape for tensor in tensors)
+        sizes = tuple(map(caches.whole_shape, tensors))
         for given, wanted in zip(tensors, self.inputs, strict=True):
             self._check_kind(given, wanted)
         if sizes not in self._accepted:
@@ -123,13 +126,21 @@ class Captured:
                 self._accepted.add(sizes)
         return tensors
 
-    def unflatten(self, outputs: Sequence[Any]) -> Any:
-        """The model's own output structure from the graph's flat tuple."""
-        return pytree.tree_unflatten(list(outputs), self.out_spec)
+    def unflatten(self, outputs: Sequence[Any], live: Sequence[Any] = ()) -> Any:
+        """The model's own output structure from the graph's flat tuple.
+
+        Caches that the call was given, in ``live``, are changed as the model would have; without them they are new.
+        """
+        return caches.returned(pytree.tree_unflatten(list(outputs), self.out_spec), live)
+
+    def cache_outputs(self) -> frozenset[int]:
+        """Which of the flat outputs are tensors of caches."""
+        return caches.resident(pytree.tree_unflatten(range(self.out_spec.num_leaves), self.out_spec))
 
     def _rearranged(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Leaves in captured order, from a call that passes the same arguments in another way."""
         given = dict(_leaf_paths(self._signature, args, kwargs))
+        self._check_caches(args, kwargs)
         present = {_argument(path) for path in given}
         leaves: list[Any] = []
         for slot in self._slots:
@@ -153,6 +164,16 @@ class Captured:
                     help=f"leave {path} out, or compile with example_inputs that contain it",
                 )
         return leaves
+
+    def _check_caches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        shells = caches.shells(dict(_named(self._signature, args, kwargs)))
+        for name in sorted(shells.keys() | self._shells.keys()):
+            if shells.get(name) != self._shells.get(name):
+                raise CaptureError(
+                    f"the cache in {_quoted(name)} is of another kind, or in another state, than the one captured with",
+                    why="layers of it, what they have been given and their fixed sizes are constants of the graph",
+                    help="compile with example_inputs that contain such a cache",
+                )
 
     def _is_default(self, path: str, value: Any) -> bool:
         parameter = self._signature.parameters.get(path)
@@ -269,18 +290,22 @@ def _same_constant(a: Any, b: Any) -> bool:
 
 def _leaf_paths(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """(path, leaf) of every leaf of ``(args, kwargs)``, in pytree order; positional arguments go by their own names."""
-    names = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), "args")
-    named = [(names[i] if i < len(names) else f"{rest}[{i - len(names)}]", value) for i, value in enumerate(args)]
-    named += list(kwargs.items())
     found: list[tuple[str, Any]] = []
-    for name, value in named:
+    for name, value in caches.packed(_named(signature, args, kwargs)):
         try:
             keyed = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_leaves_with_path(value)]
         except ValueError:  # a container registered without key paths
             keyed = [(f"[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(value))]
         found += [(name + key, leaf) for key, leaf in keyed]
     return found
+
+
+def _named(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Arguments by their names, in pytree order."""
+    names = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), "args")
+    named = [(names[i] if i < len(names) else f"{rest}[{i - len(names)}]", value) for i, value in enumerate(args)]
+    return [*named, *kwargs.items()]
 
 
 def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
@@ -327,15 +352,24 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     )
     paths = [slot.path for slot in slots if slot.tensor]
 
-    def rebuild(flat: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def rebuild(flat: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:  # caches stay taken apart
         tensors = iter(flat)
         return pytree.tree_unflatten([next(tensors) if slot.tensor else slot.value for slot in slots], in_spec)
 
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    found = trace(model, tensors, paths, rebuild)
+    tensors = [caches.whole_example(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
     names, autocast = Names.of(model), _autocast_state()
-    inliner = Inliner(model, found, names, paths, dict(autocast))
-    graph_module = inliner.graph_module()
+    shells = caches.shells(dict(_named(signature, args, kwargs)))
+
+    def traced(fixed: Collection[tuple[int, int]]) -> tuple[Trace, Inliner, fx.GraphModule]:
+        found = trace(model, tensors, paths, rebuild, fixed)
+        inliner = Inliner(model, found, names, paths, dict(autocast))
+        return found, inliner, inliner.graph_module()
+
+    found, inliner, graph_module = traced(())
+    hints = _hints(graph_module, found, tensors)
+    if shells and (narrow := _narrow(graph_module, found, hints)):  # such as a sliding window that is about to be full
+        found, inliner, graph_module = traced(narrow)
+        hints = _hints(graph_module, found, tensors)
     warn_of_lost_state(model, found)
     return Captured(
         graph_module=graph_module,
@@ -348,13 +382,14 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         out_spec=found.out_spec,
         inputs=_inputs(inliner.placeholders, paths, found),
         guards=found.guards,
-        hints=_hints(graph_module, found, tensors),
+        hints=hints,
         training=model.training,
         autocast=autocast,
         _slots=slots,
         _signature=signature,
         _dims=found.dims(),
         _ranges=found.ranges(),
+        _shells=shells,
     )
 
 
@@ -399,6 +434,35 @@ def _hints(graph_module: fx.GraphModule, found: Trace, examples: Sequence[torch.
     those that none suits their size in the ``examples``.
     """
     guards, ranges = found.guards, found.ranges()
+    symbols, fixed = _sizes_in(graph_module)
+    moduli = dict.fromkeys(symbols, 1)
+    remainders: list[Any] = [mod.args for guard in guards for mod in guard.condition.atoms(Mod)]
+    for of, by in remainders:
+        if of in moduli and isinstance(by, sympy.Integer):
+            moduli[of] = math.lcm(moduli[of], int(by))
+    hints: dict[sympy.Symbol, int] = {}
+    follow = _equalities(guards, found.dims().keys())
+    for scale, factor in itertools.product(HINT_SCALES, HINT_FACTORS):
+        refused = _refused(hints, guards, ranges) if hints else symbols
+        if not refused:
+            break
+        refused = (refused | {s for f in refused & follow.keys() for s in follow[f].free_symbols}) - follow.keys()
+        prime = scale
+        for symbol in _smallest_first(refused, guards):
+            prime = int(sympy.nextprime(prime))
+            while scale != HINT_SCALES[0] and prime < 4 * scale and any(n % prime == 0 for n in fixed if n):
+                prime = int(sympy.nextprime(prime))
+            hints[symbol] = prime * math.lcm(moduli[symbol], factor)
+        hints |= {s: int(cast("Any", e).xreplace(hints)) for s, e in follow.items() if e.free_symbols <= hints.keys()}
+    places = found.dims()
+    for symbol in _refused(hints, guards, ranges) & places.keys():
+        given, dim = places[symbol]
+        hints[symbol] = examples[given].shape[dim]
+    return hints
+
+
+def _sizes_in(graph_module: fx.GraphModule) -> tuple[set[sympy.Symbol], set[int]]:
+    """The symbols, and the known sizes, of all values of a graph."""
     symbols: set[sympy.Symbol] = set()
     fixed: set[int] = set()
     for node in graph_module.graph.nodes:
@@ -408,27 +472,57 @@ def _hints(graph_module: fx.GraphModule, found: Trace, examples: Sequence[torch.
                     symbols |= size.node.expr.free_symbols
                 elif isinstance(size, int):
                     fixed.add(size)
-    moduli = dict.fromkeys(symbols, 1)
-    remainders: list[Any] = [mod.args for guard in guards for mod in guard.condition.atoms(Mod)]
-    for of, by in remainders:
-        if of in moduli and isinstance(by, sympy.Integer):
-            moduli[of] = math.lcm(moduli[of], int(by))
-    hints: dict[sympy.Symbol, int] = {}
-    for scale, factor in itertools.product(HINT_SCALES, HINT_FACTORS):
-        refused = _refused(hints, guards, ranges) if hints else symbols
-        if not refused:
-            break
-        prime = scale
-        for symbol in sorted(refused, key=str):
-            prime = int(sympy.nextprime(prime))
-            while scale != HINT_SCALES[0] and prime < 4 * scale and any(n % prime == 0 for n in fixed if n):
-                prime = int(sympy.nextprime(prime))
-            hints[symbol] = prime * math.lcm(moduli[symbol], factor)
-    places = found.dims()
-    for symbol in _refused(hints, guards, ranges) & places.keys():
-        given, dim = places[symbol]
-        hints[symbol] = examples[given].shape[dim]
-    return hints
+    return symbols, fixed
+
+
+def _narrow(graph_module: fx.GraphModule, found: Trace, hints: Mapping[sympy.Symbol, int]) -> set[tuple[int, int]]:
+    """The dims whose sizes cannot be told from known ones: conditions leave them too few values."""
+    _, fixed = _sizes_in(graph_module)
+    confused = {s for s, hint in hints.items() if any(n % hint == 0 for n in fixed if n)}
+    return {place for place, symbol in found.env.places.items() if found.env.replace(symbol).free_symbols & confused}
+
+
+def _smallest_first(symbols: Collection[sympy.Symbol], guards: Sequence[Guard]) -> list[sympy.Symbol]:
+    """``symbols`` in an order in which a condition that one is less than another holds for growing primes."""
+    order = nx.DiGraph()
+    order.add_nodes_from(sorted(symbols, key=str))
+    for guard in guards:
+        small, large = _smaller(guard.condition)
+        order.add_edges_from((a, b) for a in small & set(symbols) for b in large & set(symbols) if a != b)
+    try:
+        return list(nx.lexicographical_topological_sort(order, key=str))
+    except nx.NetworkXUnfeasible:
+        return sorted(symbols, key=str)
+
+
+def _smaller(condition: sympy.Basic) -> tuple[set[sympy.Symbol], set[sympy.Symbol]]:
+    """Of an inequality: symbols that it bounds from above, and those that bound them."""
+    match condition:
+        case sympy.Le() | sympy.Lt():
+            difference: Any = sympy.expand(condition.lhs - condition.rhs)
+        case sympy.Ge() | sympy.Gt():
+            difference = sympy.expand(condition.rhs - condition.lhs)
+        case _:
+            return set(), set()
+    down = {s for s in difference.free_symbols if difference.coeff(s, 1) in (-1, -2)}
+    return difference.free_symbols - down, down
+
+
+def _equalities(guards: Sequence[Guard], symbols: Collection[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Expr]:
+    """Symbols that the guards tie to others, such as a mask's length: that of a cache and one more."""
+    zero: list[Any] = [g.condition.lhs - g.condition.rhs for g in guards if isinstance(g.condition, sympy.Eq)]
+    below = {sympy.expand(g.condition.lhs - g.condition.rhs) for g in guards if isinstance(g.condition, sympy.Le)}
+    zero += [x for x in below if sympy.expand(-x) in below]
+    found: dict[sympy.Symbol, sympy.Expr] = {}
+    for difference in zero:
+        for symbol in sorted(difference.free_symbols & set(symbols), key=str, reverse=True):
+            rest = sympy.expand(difference).coeff(symbol, 0)
+            factor = sympy.expand(difference).coeff(symbol, 1)
+            if factor in (1, -1) and sympy.expand(difference - factor * symbol - rest) == 0 and rest.free_symbols:
+                if symbol not in found and not rest.free_symbols & found.keys():
+                    found[symbol] = -rest / factor
+                    break
+    return found
 
 
 def _refused(

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from tpcompile.caches import Cut, cut_of
 from tpcompile.capture import Captured, capture
 from tpcompile.errors import ShardingError, SpecError
 from tpcompile.models import default_inputs
@@ -80,13 +81,19 @@ def rewrite_captured(
         spec, captured.module_classes, list(captured.parameters), captured.aliases, getattr(model, "config", None)
     )
     program = Program(captured, captured.graph_module, degree, spec=spec, claims=claims, options=options)
-    program = program.with_(sizes=sizes_at(program, captured.flatten(*inputs)))
+    flat = captured.flatten(*inputs)
+    program = program.with_(sizes=sizes_at(program, flat), held=held_parts(captured, flat))
     history = [Stage("capture", seconds, program)]
     for step in pipeline:
         start = time.perf_counter()
         program = step(program)
         history.append(Stage(step.__name__, time.perf_counter() - start, program))
     return program.with_(history=tuple(history))
+
+
+def held_parts(captured: Captured, tensors: Sequence[torch.Tensor]) -> dict[str, Cut]:
+    """The inputs, by placeholder, of which a rank holds a part: tensors of caches that an earlier call left."""
+    return {x.name: cut for x, tensor in zip(captured.inputs, tensors, strict=True) if (cut := cut_of(tensor))}
 
 
 def choose_spec(model: nn.Module, spec: SpecLike) -> Spec | None:

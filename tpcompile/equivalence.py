@@ -20,7 +20,7 @@ import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tpcompile import collectives, kernels, shards
+from tpcompile import caches, collectives, kernels, shards
 from tpcompile.capture import outside_autocast
 from tpcompile.collectives import transition_of
 from tpcompile.compare import backward, gradient_errors, largest, relative_error
@@ -172,7 +172,7 @@ def check_capture(program: Program, model: nn.Module, args: tuple[Any, ...], kwa
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     try:
         with _same_random_numbers():
-            expected = [_plain(x) for x in pytree.tree_leaves(model(*args, **kwargs))]
+            expected = [_plain(x) for x in pytree.tree_leaves(caches.call(model, args, kwargs))]
     finally:
         with torch.no_grad():
             for n, b in model.named_buffers():
@@ -193,9 +193,8 @@ def check_capture(program: Program, model: nn.Module, args: tuple[Any, ...], kwa
 
 
 def _with_whole_outputs(program: Program) -> Program:
-    """The program with the outputs gathered that ``gather_logits=False`` leaves cut, to be compared."""
-    if program.options.gather_logits:
-        return program
+    """The program with the outputs gathered that are left cut (caches, or by ``gather_logits=False``), to be compared.
+    """
     module, graph = copy_graph(program.graph_module)
     output = next(iter(graph.find_nodes(op="output")))
     mesh = program.mesh
@@ -216,7 +215,8 @@ def _with_whole_outputs(program: Program) -> Program:
         made.meta["placement"] = uncut(program.shape(x), mesh)
         return made
 
-    output.args = torch.fx.map_arg(output.args, whole)
+    given: Any = output.args[0]
+    output.args = (tuple(whole(x) if isinstance(x, torch.fx.Node) else x for x in given),)
     module.recompile()
     return program.with_(graph_module=module)
 
@@ -270,12 +270,12 @@ def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """The untouched model: its outputs' leaves and gradients; its buffers and gradients are left as they were."""
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     kept = {n: p.grad for n, p in model.named_parameters()}
-    inputs = pytree.tree_map_only(torch.Tensor, _requires_grad, (args, dict(kwargs)))
+    inputs = pytree.tree_map_only(torch.Tensor, _requires_grad, caches.packed((args, dict(kwargs))))
     try:
         for p in model.parameters():
             p.grad = None
         with _same_random_numbers():
-            leaves = list(pytree.tree_leaves(model(*inputs[0], **inputs[1])))
+            leaves = list(pytree.tree_leaves(caches.call(model, *inputs)))
             backward(leaves)
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]

@@ -7,6 +7,7 @@ The code that runs is the rewritten graph, bound to this rank: local sizes fille
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,23 +20,26 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile import shards
+from tpcompile.caches import Cut, caches_in, cut_of, mark_cut, packed
 from tpcompile.capture import outside_autocast
 from tpcompile.collectives import group_device, resolve_group, transition_of
-from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
+from tpcompile.compiler import Inputs, SpecLike, call_arguments, held_parts, rewrite
 from tpcompile.effects import is_random
 from tpcompile.equivalence import check_capture
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
+from tpcompile.generation import generate, part_of
 from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, install, module_at, read_outside, repeated_layers
 from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
+from tpcompile.placement import Placement
 from tpcompile.program import Asked, Options, Program
 from tpcompile.spec import Spec
 from tpcompile.traced_calls import Accepts, accepts
 
 Read = Callable[[str], torch.Tensor]
 """From the canonical name of a parameter to this rank's part of it, as a tensor of its own."""
-MAX_VARIANTS = 16
+MAX_VARIANTS = 64
 UNTRACED = (
     "tpcompile has no graph yet for this call (its arguments, sizes, train or eval mode, autocast): "
     "call the module once without torch.compile, as it will be called with it"
@@ -154,10 +158,19 @@ class _Variant:
     random: bool
     outside: list[str]  # tensors of layers that code outside of the layer reads
     accepts: Accepts  # what torch.compile asks
+    cuts: Mapping[int, Cut]  # flat outputs of which a rank holds a part: tensors of caches
+    part: str | None  # the method that returns the part of the model that this is; None: the whole
 
     def run(self, module: nn.Module, *tensors: torch.Tensor) -> Any:
         """Flat outputs of the code, which has the casts of autocast in it."""
-        return outside_autocast(self.call, self.program.captured.autocast)(module, *tensors)
+        outputs = outside_autocast(self.call, self.program.captured.autocast)(module, *tensors)
+        for index, cut in self.cuts.items():
+            mark_cut(outputs[index], cut)
+        return outputs
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether caches are cut as in this graph."""
+        return self.program.held == held_parts(self.program.captured, tensors)
 
 
 class TensorParallel(nn.Module):
@@ -248,23 +261,41 @@ class TensorParallel(nn.Module):
         """The rewritten program that was compiled first."""
         return self._variants[0].program
 
-    def _add_variant(self, program: Program) -> _Variant:
-        bound = bind(program, dist.get_rank(self._group), self._groups)
+    def _add_variant(
+        self, program: Program, part: str | None = None, renamed: Mapping[str, str] | None = None
+    ) -> _Variant:
+        bound = bind(program, dist.get_rank(self._group), self._groups, renamed or {})
         call = install(self, bound, self._layers, self._functions)
         random = any(map(is_random, program.graph.nodes))
         outside = read_outside(bound, self._layers)
-        variant = _Variant(program, program.captured.training, call, random, outside, accepts(program.captured))
+        variant = _Variant(
+            program,
+            program.captured.training,
+            call,
+            random,
+            outside,
+            accepts(program.captured),
+            cache_cuts(program),
+            part,
+        )
         self._variants.append(variant)
         return variant
 
-    def _variant_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Variant, list[torch.Tensor]]:
+    def _variant_for(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], part: str | None = None
+    ) -> tuple[_Variant, list[torch.Tensor]]:
+        variants = [v for v in self._variants if v.training == self.training and v.part == part]
+        for variant in variants:
+            if (flat := variant.accepts(args, kwargs)) is not None and variant.takes(flat):
+                return variant, flat
         refused: CaptureError | None = None
-        for variant in self._variants:
-            if variant.training == self.training:
-                try:
-                    return variant, variant.program.captured.flatten(args, kwargs)
-                except CaptureError as error:
-                    refused = refused or error
+        for variant in variants:
+            try:
+                flat = variant.program.captured.flatten(args, kwargs)
+                if variant.takes(flat):
+                    return variant, flat
+            except CaptureError as error:
+                refused = refused or error
         skeleton = self.original
         if skeleton is None or len(self._variants) >= MAX_VARIANTS:
             raise refused or CaptureError(
@@ -275,18 +306,27 @@ class TensorParallel(nn.Module):
         if skeleton.training != self.training:
             skeleton.train(self.training)
         try:
-            program = rewrite_call(skeleton, self._spec, self._group.size(), args, kwargs, self._options)
+            model = skeleton if part is None else part_of(skeleton, part)
+            program = rewrite_call(model, self._spec, self._group.size(), args, kwargs, self._options)
         except TpcompileError as error:
             raise error from refused
         check_same(program, self._group)
         self._check_layouts(program)
-        self._add_constants(program)
-        variant = self._add_variant(program)
+        variant = self._add_variant(program, part, self._add_constants(program))
         return variant, program.captured.flatten(args, kwargs)
 
     def _check_layouts(self, program: Program) -> None:
-        """Another call's graph must find the parameters as they are held."""
+        """Another call's graph must find the parameters, and the caches, as they are held."""
+        if program.held and program.mesh != self._mesh:
+            raise ShardingError(
+                "this call needs a cache cut in another way than it is held",
+                why=f"held over {self._mesh.sizes}, needed over {program.mesh.sizes}",
+                help="compile with the arguments of this call",
+            )
+        read = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
         for name, needed in program.parameters.items():
+            if name not in read:
+                continue
             held = self._layouts.get(name, ())
             cut = any(axes_of(dim) for dim in (*held, *needed))
             if cut and (program.mesh, needed) != (self._mesh, held):
@@ -297,21 +337,24 @@ class TensorParallel(nn.Module):
                     help="compile with the arguments, and in the mode (train or eval), of this call",
                 )
 
-    def _add_constants(self, program: Program) -> None:
-        """Hold the constants of another call's graph too; graphs number those that have no name of their own."""
+    def _add_constants(self, program: Program) -> dict[str, str]:
+        """Hold the constants of another call's graph too, and say which have other names here: a graph numbers those
+        that have no name of their own."""
         held = dict(self.named_buffers(remove_duplicate=False))
+        renamed: dict[str, str] = {}
         for name, tensor in program.captured.constants.items():
-            if name not in held:
-                path, _, last = name.rpartition(".")
-                module_at(self, path, self._layers).register_buffer(last, tensor.detach().clone(), persistent=False)
+            own = name
+            if name.startswith("_lifted."):
+                again = (f"{name}_{i}" if i else name for i in itertools.count())
+                own = next(n for n in again if n not in held or _same_bytes(held[n], tensor))
+            if own != name:
+                renamed[name] = own
+            if own not in held:
+                path, _, last = own.rpartition(".")
+                held[own] = tensor.detach().clone()
+                module_at(self, path, self._layers).register_buffer(last, held[own], persistent=False)
                 self.train(self.training)  # the module that holds it may be new
-            elif name.startswith("_lifted.") and not _same_bytes(held[name], tensor):
-                raise CaptureError(
-                    "this call's graph has another constant in the place of one of the graph compiled first",
-                    why="the forward makes a tensor from Python values that depend on the mode or the arguments",
-                    help="compile with the arguments, and in the mode (train or eval), of this call; or make the "
-                    "tensors buffers of the module",
-                )
+        return renamed
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own signature and outputs; whole (gathered) outputs on every rank."""
@@ -319,8 +362,18 @@ class TensorParallel(nn.Module):
             return self._traced(args, kwargs)
         return self._eager(args, kwargs)
 
-    def _eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        variant, flat = self._variant_for(args, kwargs)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``generate`` of the model's class; see :func:`tpcompile.generation.generate`. Collective."""
+        return generate(self, *args, **kwargs)
+
+    def run_part(self, part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One part of the model, that which its method ``part`` returns, called by itself. Collective."""
+        return self._eager(args, kwargs, part)
+
+    def _eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], part: str | None = None) -> Any:
+        live = caches_in((args, kwargs))
+        args, kwargs = packed((args, kwargs))
+        variant, flat = self._variant_for(args, kwargs, part)
         self._check_data_parallel()
         if variant not in self._called:
             check_same_inputs(flat, self._group)
@@ -328,7 +381,7 @@ class TensorParallel(nn.Module):
         if variant.random:
             self._check_generators()
         self._check_held(variant)
-        return variant.program.captured.unflatten(variant.run(self, *flat))
+        return variant.program.captured.unflatten(variant.run(self, *flat), live)
 
     def _check_held(self, variant: _Variant) -> None:
         """Refuse what ``fully_shard`` may have made of parameters and the graph does not know."""
@@ -353,7 +406,9 @@ class TensorParallel(nn.Module):
     def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """``forward`` as torch.compile traces it: the graph alone, where there is one for this call."""
         for variant in self._variants:
-            if variant.training == self.training and (flat := variant.accepts(args, kwargs)) is not None:
+            if variant.part is not None or variant.training != self.training or variant.program.held:
+                continue
+            if (flat := variant.accepts(args, kwargs)) is not None:
                 if variant.random:
                     self._check_generators()
                 return variant.program.captured.unflatten(variant.run(self, *flat))
@@ -414,9 +469,11 @@ def check_same_inputs(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup)
         return
     described: list[str] = []
     for i, tensor in enumerate(tensors):
+        if cut_of(tensor):  # every rank's own part
+            continue
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 65536)].cpu().contiguous().view(torch.uint8)
-        digest = sha256(sample.numpy().tobytes()).hexdigest()[:16]
+        sample = flat[:: max(1, flat.numel() // 65536)].cpu().clone(memory_format=torch.contiguous_format)
+        digest = sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
         described.append(f"tensor {i}: {list(tensor.shape)} {tensor.dtype} {digest}")
     try:
         check_same_program("\n".join(described), group, "\n".join(described))
@@ -437,6 +494,17 @@ def rewrite_call(
 
     captured = capture(model, args, kwargs)
     return rewrite_captured(captured, spec, model, degree, (args, kwargs), options=options)
+
+
+def cache_cuts(program: Program) -> dict[int, Cut]:
+    """The tensors of caches, among a graph's flat outputs, of which a rank holds a part."""
+    outputs: Any = program.graph.output_node().args[0]
+    cuts: dict[int, Cut] = {}
+    for index in program.captured.cache_outputs():
+        placed = outputs[index].meta.get("placement") if isinstance(outputs[index], torch.fx.Node) else None
+        if isinstance(placed, Placement) and (cut := {d: x for d, x in enumerate(placed.dims) if axes_of(x)}):
+            cuts[index] = cut
+    return cuts
 
 
 def captured_name(program: Program, name: str) -> str:
@@ -492,14 +560,18 @@ def _bind_groups(mesh: Mesh, group: dist.ProcessGroup) -> dict[str, str]:
     return found
 
 
-def bind(program: Program, rank: int, groups: Mapping[str, str]) -> torch.fx.Graph:
-    """The program's graph for one rank: per-rank values picked, groups by their c10d names."""
+def bind(
+    program: Program, rank: int, groups: Mapping[str, str], renamed: Mapping[str, str] | None = None
+) -> torch.fx.Graph:
+    """The program's graph for one rank: per-rank values picked, groups by their c10d names, attributes by new ones."""
     graph = torch.fx.Graph()
     env: dict[torch.fx.Node, torch.fx.Node] = {}
     for node in program.graph.nodes:
         made = env[node] = graph.node_copy(node, lambda n: env[n])
         made.args = cast("tuple[Any, ...]", resolve(made.args, rank))
         made.kwargs = cast("dict[str, Any]", resolve(made.kwargs, rank))
+        if node.op == "get_attr" and renamed:
+            made.target = renamed.get(str(node.target), str(node.target))
         if transition_of(node.target) is not None:
             made.args = tuple(groups[a] if isinstance(a, str) else a for a in made.args)
             made.kwargs = {k: groups[a] if k == "group" else a for k, a in made.kwargs.items()}

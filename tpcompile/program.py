@@ -15,6 +15,7 @@ import sympy
 import torch
 import torch.fx
 
+from tpcompile.caches import Cut as CacheCut
 from tpcompile.capture import Captured
 from tpcompile.errors import ShardingError, Where
 from tpcompile.layout import Layout, Mesh
@@ -163,6 +164,7 @@ class Program:
     whole_ops: frozenset[str] = frozenset()  # nodes that gather spread operands although they could do without
     table: Mapping[str, Row] = field(default_factory=dict[str, Row])
     emitted: bool = False
+    held: Mapping[str, CacheCut] = field(default_factory=dict[str, CacheCut])  # inputs of which a rank holds a part
     sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict[sympy.Symbol, int])  # at the example inputs
     history: tuple[Stage, ...] = ()  # capture first, then the passes in order
 

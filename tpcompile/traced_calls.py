@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._sympy.printers import PythonPrinter
 
+from tpcompile.caches import whole_shape
 from tpcompile.capture import Captured, _autocast_state, _same_constant
 from tpcompile.tracing import flattened
 
@@ -65,7 +66,7 @@ def accepts(captured: Captured) -> Accepts:
         for tensor, (dtype, device, dims) in zip(tensors, kinds, strict=True):
             if tensor.dtype is not dtype or tensor.device.type != device or tensor.dim() != dims:
                 return None
-        return tensors if holds([tensor.shape for tensor in tensors]) else None
+        return tensors if holds([tensor.shape if flat else whole_shape(tensor) for tensor in tensors]) else None
 
     return check
 

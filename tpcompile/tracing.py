@@ -22,7 +22,7 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from tpcompile import caches
 from tpcompile.errors import CaptureError, Where
 
 PLAIN = bool | int | float | complex | str | torch.dtype | torch.device | torch.memory_format | torch.layout | None
@@ -125,15 +126,24 @@ class Trace:
         return _location(self.env.replacements_slocs.get(symbol)) if symbol is not None else self.fallback
 
 
-def trace(model: nn.Module, examples: list[torch.Tensor], paths: list[str], rebuild: Rebuild) -> Trace:
-    """Export ``model`` with as many dynamic dims as it takes; ``paths`` name the inputs as a caller does."""
+def trace(
+    model: nn.Module,
+    examples: list[torch.Tensor],
+    paths: list[str],
+    rebuild: Rebuild,
+    fixed: Collection[tuple[int, int]] = (),
+) -> Trace:
+    """Export ``model`` with as many dynamic dims as it takes; ``paths`` name the inputs as a caller does.
+
+    Dims (input, dim) that are ``fixed`` stay as in the examples.
+    """
     roles = _roles(examples, paths, bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)))
     resized = _resized(examples, roles)
     every = [
-        set(range(example.dim() if not _is_image(example, path, roles) else 2))
-        for example, path in zip(examples, paths, strict=True)
+        {d for d in range(example.dim() if not _is_image(example, path, roles) else 2) if (i, d) not in fixed}
+        for i, (example, path) in enumerate(zip(examples, paths, strict=True))
     ]
-    asked = [{dim for dim, role in enumerate(dims) if role in _ASKED} for dims in roles]
+    asked = [{d for d, role in enumerate(r) if role in _ASKED and (i, d) not in fixed} for i, r in enumerate(roles)]
     nothing = [set[int]() for _ in examples]
     static = reason = None
     try:
@@ -203,9 +213,9 @@ class _Flat(nn.Module):
         self._trace: Any = trace  # Any: nn.Module says that an attribute is a tensor or a module
 
     def forward(self, *flat: torch.Tensor) -> tuple[Any, ...]:
-        args, kwargs = self._rebuild(flat)
+        args, kwargs, live = caches.opened(*self._rebuild(flat))
         buffers = [(path, module, dict(module._buffers)) for path, module in self.wrapped.named_modules()]
-        leaves, self._trace.out_spec = flattened(self.wrapped(*args, **kwargs))
+        leaves, self._trace.out_spec = pytree.tree_flatten(caches.closed(self.wrapped(*args, **kwargs), live))
         for path, module, before in buffers:
             self._write_back(path, module, before)
         for leaf in leaves:
@@ -214,7 +224,7 @@ class _Flat(nn.Module):
                     f"the model returns a {type(leaf).__name__}, neither a tensor nor a plain value",
                     why="tensors inside it would be lost",
                     help="return tensors in tuples, lists and dicts, or register the class with "
-                    "torch.export.register_dataclass; for a cache, pass use_cache=False",
+                    "torch.export.register_dataclass",
                 )
         self._trace.outputs = [TRACED if isinstance(leaf, _Traceable) else leaf for leaf in leaves]
         return tuple(leaf for leaf in leaves if isinstance(leaf, _Traceable))
@@ -234,16 +244,8 @@ class _Flat(nn.Module):
 
 
 def flattened(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """``pytree.tree_flatten``, for transformers' DynamicCache as well, which registers itself only on request."""
-    leaves, spec = pytree.tree_flatten(value)
-    if any(
-        f"{type(leaf).__module__}.{type(leaf).__name__}" == "transformers.cache_utils.DynamicCache" for leaf in leaves
-    ):
-        from transformers.integrations.executorch import register_dynamic_cache_export_support
-
-        register_dynamic_cache_export_support()
-        leaves, spec = pytree.tree_flatten(value)
-    return leaves, spec
+    """``pytree.tree_flatten``, with caches of transformers taken apart."""
+    return pytree.tree_flatten(caches.packed(value))
 
 
 # ---------------------------------------------------------------- example inputs
@@ -261,6 +263,9 @@ def _roles(examples: list[torch.Tensor], paths: list[str], encoder_decoder: bool
     lengths = {example.shape[1] for example in examples if _sequence(example) == 1}
     roles: list[list[_Role]] = []
     for example, path in zip(examples, paths, strict=True):
+        if path.endswith(caches.COUNTS):
+            roles.append([("count", dim) for dim in range(example.dim())])
+            continue
         decoder = path.startswith("decoder_") or (encoder_decoder and path == "labels")
         sequence = _DECODER if decoder else _SEQUENCE
         dims: list[_Role] = [(f"{example.dim()}d", dim) for dim in range(example.dim())]
@@ -726,7 +731,7 @@ def _calls(model: nn.Module, examples: list[torch.Tensor], rebuild: Rebuild) -> 
         args, kwargs = rebuild([mode.from_tensor(_example(example)) for example in examples])
         try:
             with mode, log:
-                model(*args, **kwargs)
+                caches.call(model, args, kwargs)
         except Exception:  # noqa: BLE001  (whatever the model raises at a size that it does not take)
             return None
     return log.calls
