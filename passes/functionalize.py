@@ -214,9 +214,18 @@ def _spliced(undo: _Undo, new: torch.fx.Node, dim: int, low: int, high: int | No
 
 
 _ALWAYS_VIEWS = frozenset(
-    f"aten.{name}"
-    for name in "view.default unsqueeze.default squeeze.dim squeeze.dims squeeze.default transpose.int permute.default "
-    "select.int slice.Tensor alias.default".split()
+    {
+        "aten.alias.default",
+        "aten.permute.default",
+        "aten.select.int",
+        "aten.slice.Tensor",
+        "aten.squeeze.default",
+        "aten.squeeze.dim",
+        "aten.squeeze.dims",
+        "aten.transpose.int",
+        "aten.unsqueeze.default",
+        "aten.view.default",
+    }
 )
 """Ops that never copy, whatever the strides (reshape and flatten may)."""
 _UNDONE: dict[str, Callable[[_Undo, torch.fx.Node], torch.fx.Node]] = {

@@ -516,12 +516,11 @@ def _equalities(guards: Sequence[Guard], symbols: Collection[sympy.Symbol]) -> d
     found: dict[sympy.Symbol, sympy.Expr] = {}
     for difference in zero:
         for symbol in sorted(difference.free_symbols & set(symbols), key=str, reverse=True):
-            rest = sympy.expand(difference).coeff(symbol, 0)
-            factor = sympy.expand(difference).coeff(symbol, 1)
-            if factor in (1, -1) and sympy.expand(difference - factor * symbol - rest) == 0 and rest.free_symbols:
-                if symbol not in found and not rest.free_symbols & found.keys():
-                    found[symbol] = -rest / factor
-                    break
+            rest, factor = (sympy.expand(difference).coeff(symbol, n) for n in (0, 1))
+            alone = factor in (1, -1) and sympy.expand(difference - factor * symbol - rest) == 0
+            if alone and rest.free_symbols and symbol not in found and not rest.free_symbols & found.keys():
+                found[symbol] = -rest / factor
+                break
     return found
 
 

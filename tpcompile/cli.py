@@ -18,9 +18,9 @@ import math
 import os
 import sys
 import traceback as traceback_module
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, TextIO, Unpack, cast
 
 import typer
 from rich.console import Console
@@ -43,6 +43,7 @@ from tpcompile.errors import SpecError, TpcompileError
 
 if TYPE_CHECKING:
     from tpcompile.activations import RankMemory
+    from tpcompile.answering import Ranks
     from tpcompile.models import Loaded
     from tpcompile.program import Asked, Line, Program, Recompute
 
@@ -78,6 +79,11 @@ SequenceParallel = Annotated[
     bool,
     typer.Option("--sequence-parallel", help="Spread norms, dropout and residuals over the ranks, by positions."),
 ]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="The longest answer.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0: the likeliest tokens; above: drawn, more freely.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the tokens that are drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an internal error.")]
 
@@ -521,6 +527,97 @@ def run(
         return Answer(document, (verdict, Table(head, rows)), ok)
 
     respond(work, json, traceback)
+
+
+@app.command()
+def generate(
+    model: ModelText,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What the model is to continue.")],
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Continue a text on N local processes, token by token."""
+    out = sys.stdout
+
+    def work() -> Answer:
+        from tpcompile.answering import Settings, answering
+
+        settings = Settings(max_new_tokens, temperature, seed)
+        with answering(model, spec, tp) as ranks:
+            seconds = ready(ranks, tp)
+            text = spoken(ranks.ask(prompt, settings), None if json else out)
+        document = {"ok": True, "model": model, "degree": tp, "prompt": prompt, "text": text, "load_seconds": seconds}
+        return Answer(document, ())
+
+    respond(work, json, traceback)
+
+
+@app.command()
+def chat(
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Degree = 2,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    traceback: Traceback = False,
+) -> None:
+    """Talk to a model on N local processes.
+
+    One line is one message; /new starts over, the end of the input (Ctrl-D) ends it.
+    """
+    out = sys.stdout
+
+    def work() -> Answer:
+        from tpcompile.answering import Message, Settings, answering
+
+        settings = Settings(max_new_tokens, temperature, seed)
+        said: list[Message] = []
+        with answering(model, spec, tp) as ranks:
+            ready(ranks, tp)
+            while (line := next_line("> ")) is not None:
+                if line == "/new":
+                    said = []
+                elif line:
+                    said.append({"role": "user", "content": line})
+                    said.append({"role": "assistant", "content": spoken(ranks.ask(said, settings), out)})
+        return Answer({"ok": True}, ())
+
+    respond(work, False, traceback)
+
+
+def ready(ranks: Ranks, degree: int) -> float:
+    """Wait for the ranks, telling a terminal meanwhile; the seconds that it took."""
+    with Console(stderr=True).status(f"loading and compiling on {degree} ranks ..."):
+        return ranks.ready()
+
+
+def spoken(pieces: Iterable[str], out: TextIO | None) -> str:
+    """The whole answer, printed as it comes."""
+    said: list[str] = []
+    for piece in pieces:
+        said.append(piece)
+        if out is not None:
+            out.write(piece)
+            out.flush()
+    if out is not None:
+        out.write("\n")
+        out.flush()
+    return "".join(said)
+
+
+def next_line(prompt: str) -> str | None:
+    """The next line that is typed, or piped in; None at the end."""
+    if sys.stdin.isatty():
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.strip() if line else None
 
 
 def show_version(asked: bool) -> None:

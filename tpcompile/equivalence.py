@@ -116,7 +116,7 @@ def verify_program(
             why="ranks draw other masks than one device",
             help='verify with dropout="exact", or the model in eval mode',
         )
-    program = _with_whole_outputs(program)
+    messages, program = program.collectives, _with_whole_outputs(program)
     args, kwargs = call_arguments(model, example_inputs)
     flat = program.captured.flatten(args, kwargs)
     eager = _run_eager(model, args, kwargs)
@@ -129,7 +129,7 @@ def verify_program(
     except _Failure as failure:
         timings = {**program.timings, "compare": time.perf_counter() - start}
         infinite = (math.inf, math.inf, math.inf, math.inf)
-        return Report(False, *infinite, False, str(failure), program.collectives, held(program), timings)
+        return Report(False, *infinite, False, str(failure), messages, held(program), timings)
     native_output, native_gradient = _errors(eager, native)
     reference = _run_graph(program, _wide(program.captured.graph_module), wide)
     output_error, gradient_error = _errors(reference, exact)
@@ -154,7 +154,7 @@ def verify_program(
         native_gradient,
         replicas_equal,
         mismatch,
-        program.collectives,
+        messages,
         held(program),
         timings,
     )
@@ -193,8 +193,7 @@ def check_capture(program: Program, model: nn.Module, args: tuple[Any, ...], kwa
 
 
 def _with_whole_outputs(program: Program) -> Program:
-    """The program with the outputs gathered that are left cut (caches, or by ``gather_logits=False``), to be compared.
-    """
+    """The program with outputs gathered that it leaves cut (caches, or by ``gather_logits=False``), to compare them."""
     module, graph = copy_graph(program.graph_module)
     output = next(iter(graph.find_nodes(op="output")))
     mesh = program.mesh

@@ -95,6 +95,29 @@ def _huggingface(text: str, *, weights: bool, dtype: torch.dtype | None) -> nn.M
         return build(config, cls, weights=weights, dtype=dtype, label=text)
 
 
+def tokenizer(text: str) -> Any:
+    """The tokenizer beside the weights that ``hf:DIRECTORY`` or ``hf:FILE.gguf`` names."""
+    if not text.startswith("hf:"):
+        raise TpcompileError(
+            f"{text} has no tokenizer",
+            why="one is looked for beside the weights of a transformers model",
+            help="write hf: and the path of a model's directory or GGUF file",
+        )
+    target, _, _ = _parse(text)
+    with _offline():
+        transformers = _transformers()
+        _, directory, gguf = _config(transformers, text, target)
+        if directory is None:
+            raise TpcompileError(
+                f"{text} has no tokenizer",
+                why="a model type has neither weights nor words",
+                help="write hf: and the path of a model's directory or GGUF file",
+            )
+        with _reported(f"{text}: the tokenizer cannot be read"):
+            source = {"gguf_file": gguf} if gguf else {}
+            return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True, **source)
+
+
 def build(
     config: Any, cls: Any = None, *, weights: bool = True, dtype: torch.dtype | None = None, label: str | None = None
 ) -> nn.Module:
