@@ -41,9 +41,10 @@ def _causal(kind: str, **more: Any) -> Callable[[], Any]:
 def _t5() -> Any:
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(
-            d_model=48, d_kv=8, d_ff=72, num_layers=2, num_heads=6, vocab_size=96, decoder_start_token_id=0
+            d_model=48, d_kv=8, d_ff=72, num_layers=2, num_heads=6, vocab_size=96,
+            **{"decoder_start_token_id": 0},
         )
-    )
+    )  # fmt: skip
 
 
 def _bart() -> Any:

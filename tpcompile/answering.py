@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from tpcompile.errors import TpcompileError
 from tpcompile.launch import launch
@@ -42,7 +43,7 @@ class Settings:
 class Ranks:
     """Running ranks that hold a model."""
 
-    def __init__(self, store: dist.TCPStore, ended: Future[Any]):
+    def __init__(self, store: TCPStore, ended: Future[Any]):
         self._store, self._ended, self._turn = store, ended, 0
 
     def _get(self, key: str) -> Any:
@@ -79,7 +80,7 @@ def answering(model: str, spec: str | None, degree: int) -> Generator[Ranks]:
     Raises:
         TpcompileError: the model has no tokenizer, or does not load, compile or generate.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(launch, _serve, degree, (model, spec, store.port), LONGEST)
         ranks = Ranks(store, ended)
@@ -95,7 +96,7 @@ def _serve(model: str, spec: str | None, port: int) -> None:
         start = time.perf_counter()
         from tpcompile.models import tokenizer
 
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
         words: Any = tokenizer(model)
         module = _compiled(model, spec)
         first = dist.get_rank() == 0
@@ -113,7 +114,7 @@ def _serve(model: str, spec: str | None, port: int) -> None:
             turn += 1
 
 
-def _next(store: dist.TCPStore, key: str) -> Any:
+def _next(store: TCPStore, key: str) -> Any:
     store.wait([key], timedelta(seconds=LONGEST))
     return json.loads(store.get(key))
 
@@ -141,7 +142,7 @@ def _encoded(words: Any, prompt: Any) -> dict[str, torch.Tensor]:
 class _Stream:
     """A streamer of transformers: sends whole words of the answer as they come."""
 
-    def __init__(self, words: Any, store: dist.TCPStore, key: str):
+    def __init__(self, words: Any, store: TCPStore, key: str):
         from transformers import TextStreamer
 
         self._store, self._key, self._count = store, key, 0

@@ -446,7 +446,8 @@ def _hints(graph_module: fx.GraphModule, found: Trace, examples: Sequence[torch.
         refused = _refused(hints, guards, ranges) if hints else symbols
         if not refused:
             break
-        refused = (refused | {s for f in refused & follow.keys() for s in follow[f].free_symbols}) - follow.keys()
+        bases: set[Any] = {s for f in refused & follow.keys() for s in follow[f].free_symbols}
+        refused = (refused | bases) - follow.keys()
         prime = scale
         for symbol in _smallest_first(refused, guards):
             prime = int(sympy.nextprime(prime))
@@ -495,7 +496,7 @@ def _smallest_first(symbols: Collection[sympy.Symbol], guards: Sequence[Guard]) 
         return sorted(symbols, key=str)
 
 
-def _smaller(condition: sympy.Basic) -> tuple[set[sympy.Symbol], set[sympy.Symbol]]:
+def _smaller(condition: Any) -> tuple[set[sympy.Symbol], set[sympy.Symbol]]:
     """Of an inequality: symbols that it bounds from above, and those that bound them."""
     match condition:
         case sympy.Le() | sympy.Lt():
@@ -510,8 +511,9 @@ def _smaller(condition: sympy.Basic) -> tuple[set[sympy.Symbol], set[sympy.Symbo
 
 def _equalities(guards: Sequence[Guard], symbols: Collection[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Expr]:
     """Symbols that the guards tie to others, such as a mask's length: that of a cache and one more."""
-    zero: list[Any] = [g.condition.lhs - g.condition.rhs for g in guards if isinstance(g.condition, sympy.Eq)]
-    below = {sympy.expand(g.condition.lhs - g.condition.rhs) for g in guards if isinstance(g.condition, sympy.Le)}
+    conditions: list[Any] = [guard.condition for guard in guards]
+    zero: list[Any] = [c.lhs - c.rhs for c in conditions if isinstance(c, sympy.Eq)]
+    below = {sympy.expand(c.lhs - c.rhs) for c in conditions if isinstance(c, sympy.Le)}
     zero += [x for x in below if sympy.expand(-x) in below]
     found: dict[sympy.Symbol, sympy.Expr] = {}
     for difference in zero:
