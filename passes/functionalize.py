@@ -38,9 +38,21 @@ def functionalize(program: Program) -> Program:
     for node in list(graph.nodes):
         if node.op == "call_function" and is_inplace(node):
             writes.take_out(node)
+    _drop_copies(graph)
     drop_dead(graph)
     module.recompile()
     return program.with_(graph_module=module)
+
+
+def _drop_copies(graph: torch.fx.Graph) -> None:
+    """Inputs that were copied only to be written to (the keys of a static cache) are read themselves, if nothing is."""
+    if any(n.op == "call_function" and is_inplace(n) for n in graph.nodes):
+        return
+    for node in graph.find_nodes(op="call_function", target=aten.clone.default):
+        source = node.args[0]
+        shared = any(user.op == "output" or may_share(user) for user in node.users)
+        if source.op == "placeholder" and not node.kwargs and not shared:
+            node.replace_all_uses_with(source)
 
 
 class _Writes:

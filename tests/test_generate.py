@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -40,11 +41,11 @@ def _causal(kind: str, **more: Any) -> Callable[[], Any]:
 
 def _t5() -> Any:
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            d_model=48, d_kv=8, d_ff=72, num_layers=2, num_heads=6, vocab_size=96,
-            **{"decoder_start_token_id": 0},
+        transformers.T5Config.from_dict(
+            {"d_model": 48, "d_kv": 8, "d_ff": 72, "num_layers": 2, "num_heads": 6, "vocab_size": 96}
+            | {"decoder_start_token_id": 0}
         )
-    )  # fmt: skip
+    )
 
 
 def _bart() -> Any:
@@ -213,6 +214,26 @@ def test_a_cache_apart_and_together(kind: str) -> None:
         extra = torch.randn(2, 3, 1, 8)
         for one, other in zip(cache.update(extra, extra, 1), again.update(extra, extra, 1), strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_static_cache_is_not_copied_to_be_written() -> None:
+    model = build("llama")
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    model(**prompt(), past_key_values=cache)
+    token = {"input_ids": torch.tensor([[5], [7]]), "past_key_values": cache, "use_cache": True}
+    program = tpcompile.rewrite(model, degree=3, example_inputs=token)
+    ops = Counter(str(node.target) for node in program.graph.nodes)
+    assert ops["aten.index_copy.default"] == 4
+    copied = [n for n in program.graph.nodes if n.target is torch.ops.aten.clone.default and n.meta["val"].dim()]
+    assert not copied
+    assert tpcompile.verify(model.float(), degree=3, example_inputs=token | {"past_key_values": float_cache(cache)}).ok
+
+
+def float_cache(cache: Any) -> Any:
+    """The same in float32."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.float(), layer.values.float()
+    return cache
 
 
 def test_a_call_leaves_its_caches_alone_and_returned_changes_them() -> None:

@@ -498,13 +498,12 @@ def _smallest_first(symbols: Collection[sympy.Symbol], guards: Sequence[Guard]) 
 
 def _smaller(condition: Any) -> tuple[set[sympy.Symbol], set[sympy.Symbol]]:
     """Of an inequality: symbols that it bounds from above, and those that bound them."""
-    match condition:
-        case sympy.Le() | sympy.Lt():
-            difference: Any = sympy.expand(condition.lhs - condition.rhs)
-        case sympy.Ge() | sympy.Gt():
-            difference = sympy.expand(condition.rhs - condition.lhs)
-        case _:
-            return set(), set()
+    if not isinstance(condition, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
+        return set(), set()
+    sides: Any = condition
+    difference: Any = sympy.expand(sides.lhs - sides.rhs)
+    if isinstance(condition, sympy.Ge | sympy.Gt):
+        difference = -difference
     down = {s for s in difference.free_symbols if difference.coeff(s, 1) in (-1, -2)}
     return difference.free_symbols - down, down
 
@@ -512,8 +511,10 @@ def _smaller(condition: Any) -> tuple[set[sympy.Symbol], set[sympy.Symbol]]:
 def _equalities(guards: Sequence[Guard], symbols: Collection[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Expr]:
     """Symbols that the guards tie to others, such as a mask's length: that of a cache and one more."""
     conditions: list[Any] = [guard.condition for guard in guards]
-    zero: list[Any] = [c.lhs - c.rhs for c in conditions if isinstance(c, sympy.Eq)]
-    below = {sympy.expand(c.lhs - c.rhs) for c in conditions if isinstance(c, sympy.Le)}
+    kinds = (sympy.Eq, sympy.Le)
+    differences: list[Any] = [(type(c), sympy.expand(c.lhs - c.rhs)) for c in conditions if type(c) in kinds]
+    zero = [d for kind, d in differences if kind is sympy.Eq]
+    below = {d for kind, d in differences if kind is sympy.Le}
     zero += [x for x in below if sympy.expand(-x) in below]
     found: dict[sympy.Symbol, sympy.Expr] = {}
     for difference in zero:
