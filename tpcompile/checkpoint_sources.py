@@ -166,6 +166,7 @@ def _check_dtype(stored: Stored, name: str, wanted: torch.Tensor) -> None:
 
 
 def keys_pattern(model: nn.Module, attribute: str, *others: str) -> re.Pattern[str] | None:
+    """The patterns that an attribute of the model's class lists, or None if it lists none."""
     patterns = [*(getattr(model, attribute, None) or ()), *others]
     return re.compile("|".join(f"(?:{p})" for p in patterns)) if patterns else None
 

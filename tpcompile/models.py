@@ -117,6 +117,13 @@ def build(
     return model.eval()
 
 
+def config_and_class(place: Path) -> tuple[Any, Any]:
+    """The config of a directory with config.json, or of a GGUF file, and the class that it is of, which is imported."""
+    with _offline():
+        config, _, _ = _config(_transformers(), str(place), str(place))
+        return config, usual_class(config, str(place))
+
+
 def without_weights(directory: Path, dtype: torch.dtype | None, stored: torch.dtype) -> nn.Module:
     """The model of a directory's config.json, or of a GGUF file, in eval mode: parameters on meta, buffers real.
 
@@ -124,14 +131,13 @@ def without_weights(directory: Path, dtype: torch.dtype | None, stored: torch.dt
     """
     text = str(directory)
     with _offline(), _reported(f"{text}: the model cannot be built from its config"):
-        config, _, _ = _config(_transformers(), text, text)
+        config, cls = config_and_class(directory)
         if getattr(config, "quantization_config", None) is not None:
             raise TpcompileError(
                 f"{text}: the weights are quantized",
                 why="only plain tensors of safetensors files, and GGUF files, can be read in parts",
                 help="load the model with transformers, dequantize it, and save it with save_pretrained",
             )
-        cls = usual_class(config, text)
         kept = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else stored)
         for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
             if part is not None:

@@ -35,6 +35,7 @@ from tpcompile.program import Asked, Program
 Progress = Callable[[int, int], None]
 """Told the bytes of this rank's parameters that are loaded, and of all of them."""
 
+
 @dataclass(frozen=True)
 class Opened:
     """A checkpoint that fits its config: nothing but headers and persistent buffers has been read."""
@@ -119,6 +120,14 @@ def load(
     return module, opened.files.bytes_read
 
 
+def place_of(directory: str | os.PathLike[str], gguf_file: str | None = None) -> Path:
+    """The directory of safetensors files, or the GGUF file, that is meant."""
+    place = Path(directory) if gguf_file is None else Path(directory) / gguf_file
+    if place.is_dir() and not (place / "config.json").exists() and len(found := [*place.glob("*.gguf")]) == 1:
+        (place,) = found
+    return place
+
+
 @contextlib.contextmanager
 def open_checkpoint(
     directory: str | os.PathLike[str], gguf_file: str | None = None, dtype: torch.dtype | None = None
@@ -128,9 +137,7 @@ def open_checkpoint(
     Raises:
         TpcompileError: see :func:`from_pretrained`.
     """
-    place = Path(directory) if gguf_file is None else Path(directory) / gguf_file
-    if place.is_dir() and not (place / "config.json").exists() and len(found := [*place.glob("*.gguf")]) == 1:
-        (place,) = found
+    place = place_of(directory, gguf_file)
     with contextlib.ExitStack() as stack:
         files: Files
         if place.suffix == ".gguf":
