@@ -34,6 +34,7 @@ import torch.distributed as dist
 
 from tpcompile.collectives import group_device, resolve_group
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
+from tpcompile.failures import PeerError, issue
 
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)  # as faulthandler writes it
 _GRACE = 2.0  # seconds that the other ranks get to say what they know, once one has failed
@@ -191,7 +192,8 @@ def _rank(folder: str, rank: int, ranks: int, timeout: float, gpus: bool) -> Non
         failure = _Failure(
             rank,
             failed_at,
-            not isinstance(error, TpcompileError) and any("torch/distributed" in frame.filename for frame in frames),
+            isinstance(error, PeerError)
+            or (not isinstance(error, TpcompileError) and any("torch/distributed" in f.filename for f in frames)),
             error if isinstance(error, TpcompileError) else None,
             text,
             traceback.format_exception_only(error)[-1].strip(),
@@ -226,7 +228,7 @@ def check_same_program(digest: str, group: str | dist.ProcessGroup | None, descr
     device = group_device(found)
     mine = torch.tensor(list(sha256(digest.encode()).digest()), dtype=torch.uint8, device=device)
     every = [torch.empty_like(mine) for _ in range(found.size())]
-    dist.all_gather(every, mine, group=found)
+    issue(dist.all_gather, every, mine, group=found)
     kinds: dict[bytes, list[int]] = {}
     for member, other in enumerate(every):
         kinds.setdefault(bytes(other.tolist()), []).append(dist.get_global_rank(found, member))

@@ -30,6 +30,7 @@ from tpcompile.layers import Functions, install, module_at, read_outside, repeat
 from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
 from tpcompile.program import Asked, Options, Program
+from tpcompile.same_calls import VARIABLE, check_same_call, checks_every_call
 from tpcompile.spec import Spec
 from tpcompile.traced_calls import Accepts, accepts
 
@@ -119,7 +120,8 @@ def check_same(program: Program, group: dist.ProcessGroup) -> None:
         f"{n}: {tuple(p.shape)} {p.dtype} as {_layout_text(program.parameters.get(n, ()), program.mesh)}"
         for n, p in program.captured.parameters.items()
     )
-    described = f"{parameters}\n{program.options}\n{program.text()}"
+    every_call = f"{VARIABLE}: {checks_every_call(group)}"
+    described = f"{parameters}\n{program.options}\n{every_call}\n{program.text()}"
     check_same_program(f"{torch.__version__}\n{described}", group, described)
 
 
@@ -320,6 +322,8 @@ class TensorParallel(nn.Module):
         return self._eager(args, kwargs)
 
     def _eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if checks_every_call(self._group):
+            check_same_call(args, kwargs, self.training, self._group)
         variant, flat = self._variant_for(args, kwargs)
         self._check_data_parallel()
         if variant not in self._called:
