@@ -19,7 +19,7 @@ def refuse_wrapped(model: nn.Module) -> None:
             kind = type(tensor)
             help = "compile the model before its parameters are distributed or wrapped"
             if kind.__module__.startswith("torchao"):
-                help = "compile what torchao.utils.unwrap_tensor_subclass(model) returns: integers and scales are cut alike"
+                help = "compile torchao.utils.unwrap_tensor_subclass(model): integers and scales are cut alike"
             raise CaptureError(
                 f"{name} is a {kind.__name__}, which holds other tensors",
                 where=Where(module=name.rpartition(".")[0]),

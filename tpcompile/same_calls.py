@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import torch
@@ -79,7 +79,7 @@ def _values(tensor: torch.Tensor) -> str:
         return ""
     flat = tensor.detach().view(-1)
     sample = flat[:: max(1, flat.numel() // SAMPLED)].cpu().contiguous().view(torch.uint8)
-    return f" {crc32(sample.numpy()):08x}"
+    return f" {crc32(cast('Any', sample.numpy())):08x}"
 
 
 __all__ = ["check_same_call", "checks_every_call"]
