@@ -322,10 +322,10 @@ class TensorParallel(nn.Module):
         return self._eager(args, kwargs)
 
     def _eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        self._check_data_parallel()
         if checks_every_call(self._group):
             check_same_call(args, kwargs, self.training, self._group)
         variant, flat = self._variant_for(args, kwargs)
-        self._check_data_parallel()
         if variant not in self._called:
             check_same_inputs(flat, self._group)
             self._called.append(variant)
