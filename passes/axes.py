@@ -21,7 +21,7 @@ from tpcompile.passes.structure import SUMMED
 from tpcompile.program import Cut, Program, where
 from tpcompile.rules import RULES, how_to_add, op_name
 from tpcompile.sentence import Sentence
-from tpcompile.spec import Claim
+from tpcompile.spec import Claim, parametrized
 from tpcompile.structure import Atom, Cat, Pin, Prod, Term, atoms, factors, find, prod, segments, size
 
 
@@ -131,6 +131,8 @@ def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
     if dims is None or len(dims) < 2:
         return
     uses = uses_of(program, claim.parameter)
+    if not uses and any(uses_of(program, c.parameter) for c in program.claims if _beside_in_weight(c, claim)):
+        return  # the scales of a quantized weight
     if not uses:
         raise ShardingError(
             f"`{claim.word}` claims {claim.parameter}, which is not the weight of a Linear or an Embedding",
@@ -160,6 +162,12 @@ def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
             why="no product of rows with the matrix of their expert reads it",
             help=f"say `column` or `row` for {claim.parameter}, or remove it from the line",
         )
+
+
+def _beside_in_weight(other: Claim, claim: Claim) -> bool:
+    """Whether two parameters are parts of one parametrized weight."""
+    parts = parametrized(other.parameter), parametrized(claim.parameter)
+    return parts[0] is not None and parts[0] == parts[1] and other.line is claim.line
 
 
 def uses_of(program: Program, parameter: str) -> list[Use]:

@@ -17,6 +17,7 @@ def ran(*command: str) -> str:
     """What a command printed on a terminal 120 wide; a failure shows all of it."""
     environment = {
         **os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
     done = subprocess.run(
@@ -60,3 +61,26 @@ def test_two_ranks() -> None:
     rows = re.findall(r"^step \d  one device (\S+)  2 ranks (\S+)$", shown, re.MULTILINE)
     assert len(rows) == 5
     assert all(abs(float(one) - float(two)) < 1e-4 for one, two in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    def losses(shown: str) -> str:
+        (line,) = re.findall(r"^losses (.+)$", shown, re.MULTILINE)
+        assert len(line.split()) == 12
+        return line
+
+    undisturbed = losses(torchrun("examples/restart.py", "--folder", str(tmp_path / "whole")))
+    shown = torchrun("--max-restarts", "1", "examples/restart.py", "--folder", str(tmp_path / "killed"), "--kill", "7")
+    assert "attempt 1 goes on from step 6" in shown
+    assert losses(shown) == undisturbed
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in content(path)]
+    assert left == [], "processes are left"
+
+
+def content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

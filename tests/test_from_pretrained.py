@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tpcompile
-from tpcompile import checkpoint_files, models, pretrained, shards
+from tpcompile import checkpoint_files, checkpoint_sources, models, pretrained, shards
 from tpcompile.checkpoint_files import Checkpoint, spans
 from tpcompile.compare import backward, gradient_errors, relative_error
 from tpcompile.compiler import rewrite
@@ -247,7 +248,7 @@ def test_a_file_that_shrinks_after_it_was_opened(gpt2: Path) -> None:
         with stored.path.open("r+b") as file:
             file.truncate(stored.offset + 10)
         with pytest.raises(TpcompileError, match="not a whole safetensors file"):
-            files.whole(stored, torch.float32)
+            checkpoint_files.whole(files, stored, torch.float32)
 
 
 def test_files_that_the_index_lists(tmp_path: Path) -> None:
@@ -307,11 +308,45 @@ def test_a_base_model_from_the_files_of_one_with_a_head(gpt2: Path, tmp_path: Pa
     assert "tensor pooler.dense.weight is missing" in refused(bert).what
 
 
-def test_what_transformers_merges_is_refused(tmp_path: Path) -> None:
-    config = configs.MixtralConfig(**LLAMA, num_local_experts=2, num_experts_per_tok=1)
-    model: Any = models.build(config)
-    model.save_pretrained(tmp_path)
-    assert "is only a part of" in refused(tmp_path).what
+@pytest.mark.parametrize("kind", ["Mixtral", pytest.param("Qwen2Moe", marks=pytest.mark.slow)])
+def test_experts_that_are_stored_one_by_one(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacked and concatenated as transformers does it, each rank of its own parts; a wrong order is noticed."""
+    sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 16, "intermediate_size": 80}
+    config = getattr(configs, f"{kind}Config")(
+        **{**LLAMA, **sizes}, num_local_experts=5, num_experts=5, num_experts_per_tok=2
+    )
+    models.build(config, dtype=torch.float32).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(".experts." in name for name in stored) == 2 * 5 * 3
+    assert parts(tmp_path, 3, torch.bfloat16) == 0.0
+    with Checkpoint(tmp_path) as files:
+        sources = pretrained.sources_of(models.without_weights(tmp_path, None, torch.float32), files, tmp_path)
+        (name,) = (n for n in sources if n.endswith("layers.1.mlp.experts.gate_up_proj"))
+        rows = [sources[name][0].shape[1] // 2]
+        held = (((1, 2), (4, 1)), ((rows[0] - 3, 5),), ((7, 4),))
+        got = files.read(sources[name][0], held, torch.float32)
+        assert files.bytes_read < 1.2 * got.nbytes + files.tensors[next(iter(stored))].offset
+    monkeypatch.setattr(checkpoint_sources, "_joined", lambda n, xs, d: right(n, xs[::-1], d))
+    assert parts(tmp_path, 2) > 1e-3
+
+
+right = checkpoint_sources._joined
+
+
+def test_what_transformers_computes_is_refused(tmp_path: Path) -> None:
+    part = checkpoint_files.Stored("experts.0.w1", tmp_path / "model.safetensors", torch.float32, (2, 3), 0)
+    wider = checkpoint_files.Stored("experts.1.w1", tmp_path / "model.safetensors", torch.float32, (3, 3), 0)
+
+    class Transpose:
+        dim = 0
+
+    class MergeModulelist(Transpose): ...
+
+    for step, said in ((Transpose(), "is only a part of experts"), (MergeModulelist(), "has shape [1, 3, 3]")):
+        converter = SimpleNamespace(operations=[step], target_patterns=["experts"], source_patterns=["w1"])
+        with pytest.raises(TpcompileError) as caught:
+            checkpoint_sources.merged("experts", converter, {"w1": [part, wider]})
+        assert said in caught.value.what
 
 
 def test_tensors_without_a_place_are_warned_of(gpt2: Path) -> None:
@@ -320,11 +355,12 @@ def test_tensors_without_a_place_are_warned_of(gpt2: Path) -> None:
         model = models.without_weights(gpt2, None, torch.float32)
         sources = pretrained.sources_of(model, files, gpt2)
         with pytest.warns(UserWarning, match=r"no place for score\.weight \(model\.safetensors\)"):
-            pretrained._warn_of_unused(model, files, sources, gpt2)
+            pretrained.warn_of_unused(pretrained.Opened(gpt2, model, files, sources))
     changed(gpt2, lambda x: x.pop("score.weight"))
     with Checkpoint(gpt2) as files, warnings.catch_warnings():
         model = models.without_weights(gpt2, None, torch.float32)
-        pretrained._warn_of_unused(model, files, pretrained.sources_of(model, files, gpt2), gpt2)
+        sources = pretrained.sources_of(model, files, gpt2)
+        pretrained.warn_of_unused(pretrained.Opened(gpt2, model, files, sources))
 
 
 def test_spans_are_the_elements_of_the_part() -> None:

@@ -26,6 +26,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from tpcompile import caches
 from tpcompile.errors import CaptureError, Where
 from tpcompile.inlining import Inliner, Names
+from tpcompile.quantized import refuse_wrapped
 from tpcompile.tracing import PLAIN, Guard, Trace, flattened, refuse_hooks, trace, warn_of_lost_state
 
 
@@ -344,6 +345,7 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
 
         args, kwargs = default_inputs(model)
     refuse_hooks(model)
+    refuse_wrapped(model)
     signature = inspect.signature(model.forward)
     leaves, in_spec = flattened((args, kwargs))
     slots = tuple(

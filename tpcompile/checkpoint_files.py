@@ -12,11 +12,12 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -59,6 +60,32 @@ class Stored:
 
     def __str__(self) -> str:
         return f"{self.path}: tensor {self.name}"
+
+
+@dataclass(frozen=True)
+class Merged(Stored):
+    """A tensor that several in the files make up: each of ``blocks`` begins at an index of it, and has as many dims."""
+
+    blocks: tuple[tuple[tuple[int, ...], Stored], ...]
+
+
+class Files(Protocol):
+    """Tensors on a disk that are read in parts."""
+
+    bytes_read: int
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """By name."""
+        ...
+
+    def read(self, stored: Stored, held: Sequence[Runs], dtype: torch.dtype) -> torch.Tensor:
+        """The positions ``held`` (runs of every dim) of a tensor, in ``dtype``."""
+        ...
+
+    def fingerprint(self) -> str:
+        """What tells whether ranks read the same files: one line per file."""
+        ...
 
 
 class Checkpoint:
@@ -140,13 +167,8 @@ class Checkpoint:
         """One line per file: its name and a digest of its header and of samples of its content."""
         rows: list[str] = []
         for path, number in self._files.items():
-            total = os.fstat(number).st_size
             start = 8 + int.from_bytes(self._bytes(path, 0, 8), "little")
-            digest = sha256(self._bytes(path, 0, start))
-            step = max((total - start) // SAMPLES, 1 << 16)
-            for at in range(start, total, step):
-                digest.update(self._bytes(path, at, min(SAMPLE, total - at)))
-            rows.append(f"{path.name} {total} bytes {digest.hexdigest()[:16]}")
+            rows.append(fingerprint(path.name, start, os.fstat(number).st_size, partial(self._bytes, path)))
         return "\n".join(rows)
 
     def read(self, stored: Stored, held: Sequence[Runs], dtype: torch.dtype) -> torch.Tensor:
@@ -155,6 +177,8 @@ class Checkpoint:
         Raises:
             TpcompileError: the file has become shorter than it was, or the disk fails.
         """
+        if isinstance(stored, Merged):
+            return self._merged(stored, held, dtype)
         part = torch.empty([sum(n for _, n in runs) for runs in held], dtype=dtype)
         flat = part.view(-1)
         staged = flat if dtype == stored.dtype else torch.empty(min(STAGED, flat.numel()), dtype=stored.dtype)
@@ -172,9 +196,19 @@ class Checkpoint:
         assert done == flat.numel(), f"{stored}: {done} of {flat.numel()} elements"
         return part
 
-    def whole(self, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
-        """All of a tensor."""
-        return self.read(stored, [((0, n),) for n in stored.shape], dtype)
+    def _merged(self, stored: Merged, held: Sequence[Runs], dtype: torch.dtype) -> torch.Tensor:
+        part = torch.empty([sum(n for _, n in runs) for runs in held], dtype=dtype)
+        for begin, block in stored.blocks:
+            pairs = [within(runs, first, n) for runs, first, n in zip(held, begin, block.shape, strict=True)]
+            if not all(runs for _, runs in pairs):
+                continue
+            read = self.read(block, [runs for _, runs in pairs], dtype)
+            for pieces in itertools.product(*(places for places, _ in pairs)):
+                target, source = part, read
+                for dim, (to, at, n) in enumerate(pieces):
+                    target, source = target.narrow(dim, to, n), source.narrow(dim, at, n)
+                target.copy_(source)
+        return part
 
     def _bytes(self, path: Path, offset: int, count: int) -> bytes:
         buffer = bytearray(count)
@@ -191,6 +225,41 @@ class Checkpoint:
                 raise _broken(path, f"it ends at byte {offset}, and was longer when it was opened")
             self.bytes_read += n
             memory, offset = memory[n:], offset + n
+
+
+def names_in(stored: Stored) -> list[str]:
+    """The names that a tensor has in the files: of its blocks, if several make it up."""
+    return [block.name for _, block in stored.blocks] if isinstance(stored, Merged) else [stored.name]
+
+
+def whole(files: Files, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+    """All of a tensor."""
+    return files.read(stored, [((0, n),) for n in stored.shape], dtype)
+
+
+def within(runs: Runs, first: int, count: int) -> tuple[list[tuple[int, int, int]], Runs]:
+    """What ``runs`` have of the ``count`` indices from ``first``: as runs from there, and for each of these its place
+    among all of ``runs``, its place among them, and its length."""
+    places: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int]] = []
+    at = read = 0
+    for start, n in runs:
+        low, high = max(start, first), min(start + n, first + count)
+        if low < high:
+            places.append((at + low - start, read, high - low))
+            found.append((low - first, high - low))
+            read += high - low
+        at += n
+    return places, tuple(found)
+
+
+def fingerprint(name: str, start: int, total: int, read: Callable[[int, int], bytes]) -> str:
+    """A file's name, size and a digest of the ``start`` bytes of its header and of samples; ``read(offset, count)``."""
+    digest = sha256(read(0, start))
+    step = max((total - start) // SAMPLES, 1 << 16)
+    for at in range(start, total, step):
+        digest.update(read(at, min(SAMPLE, total - at)))
+    return f"{name} {total} bytes {digest.hexdigest()[:16]}"
 
 
 def spans(shape: Sequence[int], held: Sequence[Runs]) -> Iterator[tuple[int, int]]:
@@ -263,4 +332,4 @@ def _broken(path: Path, why: str) -> TpcompileError:
     return TpcompileError(what, why=why, help="download or save the file again")
 
 
-__all__ = ["Checkpoint", "Stored", "spans"]
+__all__ = ["Checkpoint", "Files", "Merged", "Stored", "fingerprint", "names_in", "spans", "whole", "within"]

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from tpcompile.errors import TpcompileError
+from tpcompile.failures import issue
 
 Runs = tuple[tuple[int, int], ...]
 """Runs ``(start, length)`` of one dim, in local order."""
@@ -299,7 +300,7 @@ def _all_reduce(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> T
     # gloo sums a strided tensor's storage and gets it silently wrong
     y = x if owned and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
     if y.numel():
-        dist.all_reduce(y, group=resolve_group(group))
+        issue(dist.all_reduce, y, group=resolve_group(group))
     return y
 
 
@@ -310,7 +311,7 @@ def _all_reduce_max(x: Tensor, dim: int, where: Where, group: str, owned: bool) 
         return _functional.wait_tensor(_functional.all_reduce(x.contiguous(), "max", group))
     y = x.clone(memory_format=torch.contiguous_format)
     if y.numel():
-        dist.all_reduce(y, dist.ReduceOp.MAX, group=resolve_group(group))
+        issue(dist.all_reduce, y, op=dist.ReduceOp.MAX, group=resolve_group(group))
     return y
 
 
@@ -358,7 +359,7 @@ def _all_gather(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> T
     else:
         flat = mine.new_empty([size * mine.shape[0], *mine.shape[1:]])
         if flat.numel():
-            _all_gather_single(flat, mine, group=resolve_group(group))
+            issue(_all_gather_single, flat, mine, group=resolve_group(group))
     if dim == 0 and _in_order(parts, longest):
         return flat
     return join(flat.chunk(size) if mine.shape[0] else [mine] * size, dim, parts)
@@ -379,7 +380,7 @@ def _reduce_scatter(x: Tensor, dim: int, where: Where, group: str, owned: bool) 
     else:
         mine = stacked.new_empty([stacked.shape[0] // size, *stacked.shape[1:]])
         if mine.numel():
-            _reduce_scatter_single(mine, stacked, group=resolve_group(group))
+            issue(_reduce_scatter_single, mine, stacked, group=resolve_group(group))
     length = run_length(parts[index])
     return mine if length == longest else pick_copy(mine, dim, ((0, length),))
 

@@ -34,6 +34,7 @@ import torch.distributed as dist
 
 from tpcompile.collectives import group_device, resolve_group
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
+from tpcompile.failures import PeerError, issue
 
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)  # as faulthandler writes it
 _GRACE = 2.0  # seconds that the other ranks get to say what they know, once one has failed
@@ -51,24 +52,34 @@ class _Failure:
     last_line: str
 
 
-def launch(function: Callable[..., Any], ranks: int, args: Sequence[Any] = (), timeout: float = 300.0) -> list[Any]:
+def launch(
+    function: Callable[..., Any],
+    ranks: int,
+    args: Sequence[Any] = (),
+    timeout: float = 300.0,
+    *,
+    gpus: bool = True,
+    watch: Callable[[], None] | None = None,
+) -> list[Any]:
     """``function(*args)`` on ``ranks`` local processes with a process group of all of them; what each one returned.
 
-    The group is gloo, or nccl where there are that many GPUs. ``function`` must be importable by name (of a module),
-    ``args`` and results picklable. Raises the TpcompileError of the rank that failed first, if it raised one, else a
-    TpcompileError that names the rank and the reason; after ``timeout`` seconds one that says where each rank was.
+    The group is gloo, or nccl where there are that many GPUs and ``gpus`` is left on. ``function`` must be importable
+    by name (of a module), ``args`` and results picklable. ``watch`` is called ten times a second meanwhile.
+
+    Raises the TpcompileError of the rank that failed first, if it raised one, else a TpcompileError that names the rank
+    and the reason; after ``timeout`` seconds one that says where each rank was.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="tpcompile-") as name:
         folder = Path(name)
         (folder / "task").write_bytes(pickle.dumps((function, tuple(args))))
         processes = [
-            context.Process(target=_rank, args=(name, rank, ranks, timeout), daemon=True) for rank in range(ranks)
+            context.Process(target=_rank, args=(name, rank, ranks, timeout, gpus), daemon=True) for rank in range(ranks)
         ]
         try:
             for process in processes:
                 process.start()
-            _wait(processes, folder, timeout)
+            _wait(processes, folder, timeout, watch)
             return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(ranks)]
         finally:
             for process in processes:
@@ -78,7 +89,9 @@ def launch(function: Callable[..., Any], ranks: int, args: Sequence[Any] = (), t
                     process.close()
 
 
-def _wait(processes: Sequence[SpawnProcess], folder: Path, timeout: float) -> None:
+def _wait(
+    processes: Sequence[SpawnProcess], folder: Path, timeout: float, watch: Callable[[], None] | None = None
+) -> None:
     """Return when all have ended well; raise for the first one that has not."""
     deadline = time.monotonic() + timeout
     running = dict(enumerate(processes))
@@ -86,8 +99,13 @@ def _wait(processes: Sequence[SpawnProcess], folder: Path, timeout: float) -> No
     while running:
         left = deadline - time.monotonic()
         sentinels = [process.sentinel for process in running.values()]
-        if not multiprocessing.connection.wait(sentinels, max(0.0, left)):
-            break
+        ended = multiprocessing.connection.wait(sentinels, max(0.0, left if watch is None else min(left, 0.1)))
+        if watch is not None:
+            watch()
+        if not ended:
+            if time.monotonic() >= deadline:
+                break
+            continue
         for rank, process in list(running.items()):
             if process.is_alive():
                 continue
@@ -142,7 +160,7 @@ def _raise_hung(running: dict[int, SpawnProcess], folder: Path, timeout: float, 
     )
 
 
-def _rank(folder: str, rank: int, ranks: int, timeout: float) -> None:
+def _rank(folder: str, rank: int, ranks: int, timeout: float, gpus: bool) -> None:
     """The life of one process: everything that it has to say goes into files in ``folder``."""
     stack = (Path(folder) / f"stack{rank}").open("w")
     if hasattr(signal, "SIGUSR1"):
@@ -152,7 +170,7 @@ def _rank(folder: str, rank: int, ranks: int, timeout: float) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    gpus = torch.cuda.device_count() >= ranks
+    gpus = gpus and torch.cuda.device_count() >= ranks
     if gpus:
         torch.cuda.set_device(rank)
     try:
@@ -174,7 +192,8 @@ def _rank(folder: str, rank: int, ranks: int, timeout: float) -> None:
         failure = _Failure(
             rank,
             failed_at,
-            not isinstance(error, TpcompileError) and any("torch/distributed" in frame.filename for frame in frames),
+            isinstance(error, PeerError)
+            or (not isinstance(error, TpcompileError) and any("torch/distributed" in f.filename for f in frames)),
             error if isinstance(error, TpcompileError) else None,
             text,
             traceback.format_exception_only(error)[-1].strip(),
@@ -209,7 +228,7 @@ def check_same_program(digest: str, group: str | dist.ProcessGroup | None, descr
     device = group_device(found)
     mine = torch.tensor(list(sha256(digest.encode()).digest()), dtype=torch.uint8, device=device)
     every = [torch.empty_like(mine) for _ in range(found.size())]
-    dist.all_gather(every, mine, group=found)
+    issue(dist.all_gather, every, mine, group=found)
     kinds: dict[bytes, list[int]] = {}
     for member, other in enumerate(every):
         kinds.setdefault(bytes(other.tolist()), []).append(dist.get_global_rank(found, member))

@@ -140,21 +140,27 @@ def build(
     return model.eval()
 
 
+def config_and_class(place: Path) -> tuple[Any, Any]:
+    """The config of a directory with config.json, or of a GGUF file, and the class that it is of, which is imported."""
+    with _offline():
+        config, _, _ = _config(_transformers(), str(place), str(place))
+        return config, usual_class(config, str(place))
+
+
 def without_weights(directory: Path, dtype: torch.dtype | None, stored: torch.dtype) -> nn.Module:
-    """The model of a directory's config.json, in eval mode: parameters on meta, buffers with their values.
+    """The model of a directory's config.json, or of a GGUF file, in eval mode: parameters on meta, buffers real.
 
     Its dtype is ``dtype``, or that of the config, or else ``stored``; what transformers keeps in float32, it keeps too.
     """
     text = str(directory)
     with _offline(), _reported(f"{text}: the model cannot be built from its config"):
-        config, _, gguf = _config(_transformers(), text, text)
-        if gguf is not None or getattr(config, "quantization_config", None) is not None:
+        config, cls = config_and_class(directory)
+        if getattr(config, "quantization_config", None) is not None:
             raise TpcompileError(
-                f"{text}: the weights are quantized, or in a GGUF file",
-                why="only plain tensors of safetensors files can be read in parts",
-                help="load the model with transformers, save it with save_pretrained, or pass it to tpcompile.compile",
+                f"{text}: the weights are quantized",
+                why="only plain tensors of safetensors files, and GGUF files, can be read in parts",
+                help="load the model with transformers, dequantize it, and save it with save_pretrained",
             )
-        cls = usual_class(config, text)
         kept = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else stored)
         for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
             if part is not None:

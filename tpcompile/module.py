@@ -34,6 +34,7 @@ from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
 from tpcompile.placement import Placement
 from tpcompile.program import Asked, Options, Program
+from tpcompile.same_calls import VARIABLE, check_same_call, is_due, setting
 from tpcompile.spec import Spec
 from tpcompile.traced_calls import Accepts, accepts
 
@@ -123,7 +124,7 @@ def check_same(program: Program, group: dist.ProcessGroup) -> None:
         f"{n}: {tuple(p.shape)} {p.dtype} as {_layout_text(program.parameters.get(n, ()), program.mesh)}"
         for n, p in program.captured.parameters.items()
     )
-    described = f"{parameters}\n{program.options}\n{program.text()}"
+    described = f"{parameters}\n{program.options}\n{VARIABLE}: {setting()}\n{program.text()}"
     check_same_program(f"{torch.__version__}\n{described}", group, described)
 
 
@@ -199,6 +200,7 @@ class TensorParallel(nn.Module):
         self._stage_group: dist.ProcessGroup | None = None  # the stages of a pipeline, if this is one of them
         self._variants: list[_Variant] = []
         self._called: list[_Variant] = []
+        self._calls = 0
         self._random_checked = False
         object.__setattr__(self, "_skeleton", _skeleton(model))
         self._untraced: Callable[..., Any] = torch.compiler.disable(self._eager, reason=UNTRACED)
@@ -371,10 +373,13 @@ class TensorParallel(nn.Module):
         return self._eager(args, kwargs, part)
 
     def _eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], part: str | None = None) -> Any:
+        self._check_data_parallel()
+        if is_due(self._calls):
+            check_same_call(args, kwargs, self.training, self._group)
+        self._calls += 1
         live = caches_in((args, kwargs))
         args, kwargs = packed((args, kwargs))
         variant, flat = self._variant_for(args, kwargs, part)
-        self._check_data_parallel()
         if variant not in self._called:
             check_same_inputs(flat, self._group)
             self._called.append(variant)

@@ -7,38 +7,50 @@ is which parameter, transformers' own renamings say.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import math
 import os
-import re
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpcompile.checkpoint_files import Checkpoint, Stored
+from tpcompile.checkpoint_files import Checkpoint, Files, names_in, whole
+from tpcompile.checkpoint_sources import Sources, keys_pattern, sources_of
 from tpcompile.collectives import group_device
 from tpcompile.compiler import Inputs, SpecLike, rewrite
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
-from tpcompile.inlining import Names
+from tpcompile.gguf_files import GgufFile
 from tpcompile.launch import check_same_program
 from tpcompile.layout import Layout, Mesh, Runs, axes_of, runs
 from tpcompile.models import without_weights
 from tpcompile.module import Read, TensorParallel, call_arguments_as_inputs, check_same, forget_weights, group_of
 from tpcompile.program import Asked, Program
 
-Sources = Mapping[str, tuple[Stored, ...]]
-"""From the canonical name of a parameter or buffer to the tensors in the files that hold it (one, or tied copies)."""
+Progress = Callable[[int, int], None]
+"""Told the bytes of this rank's parameters that are loaded, and of all of them."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that fits its config: nothing but headers and persistent buffers has been read."""
+
+    place: Path
+    model: nn.Module  # parameters on meta, buffers with their values
+    files: Files
+    sources: Sources
 
 
 def from_pretrained(
     directory: str | os.PathLike[str],
     spec: SpecLike = None,
     *,
+    gguf_file: str | None = None,
     mesh: DeviceMesh | None = None,
     dtype: torch.dtype | None = None,
     example_inputs: Inputs = None,
@@ -51,8 +63,10 @@ def from_pretrained(
     same files. Nothing is downloaded. On the CPU.
 
     Args:
-        directory: with ``config.json``, and ``model.safetensors`` or ``model.safetensors.index.json`` and its files.
+        directory: with ``config.json``, and ``model.safetensors`` or ``model.safetensors.index.json`` and its files; or
+            with a GGUF file alone, or the path of one.
         spec: as for :func:`tpcompile.compile`.
+        gguf_file: the name of a GGUF file in the directory, as for transformers. It is dequantized a tensor at a time.
         mesh: as for :func:`tpcompile.compile`.
         dtype: of the parameters; None: the config's, or else that of the files.
         example_inputs: as for :func:`tpcompile.compile`.
@@ -60,10 +74,26 @@ def from_pretrained(
 
     Raises:
         TpcompileError: see :func:`tpcompile.compile`; and, naming file and tensor, when a tensor is missing, has
-            another shape or kind of dtype, when a file is truncated or no safetensors file, when tied weights differ
-            in the files, and when transformers computes a parameter from several tensors. On every rank, or on none.
+            another shape or kind of dtype, when a file is truncated or of another format, when tied weights differ
+            in the files, and when transformers computes a parameter from several tensors otherwise than by stacking
+            and concatenating them. On every rank, or on none.
     """
-    group, place = group_of(mesh), Path(directory)
+    module, _ = load(directory, spec, gguf_file, mesh, dtype, example_inputs, **options)
+    return module
+
+
+def load(
+    directory: str | os.PathLike[str],
+    spec: SpecLike = None,
+    gguf_file: str | None = None,
+    mesh: DeviceMesh | None = None,
+    dtype: torch.dtype | None = None,
+    example_inputs: Inputs = None,
+    progress: Progress | None = None,
+    **options: Unpack[Asked],
+) -> tuple[TensorParallel, int]:
+    """:func:`from_pretrained`, and how many bytes this rank has read. ``progress`` is told after every parameter."""
+    group = group_of(mesh)
     if group_device(group).type != "cpu":
         raise TpcompileError(
             "from_pretrained loads onto the CPU, and the process group is of GPUs",
@@ -72,34 +102,87 @@ def from_pretrained(
         )
     with contextlib.ExitStack() as stack:
         with _all_or_none(group):
-            files = stack.enter_context(Checkpoint(place))
-            model = without_weights(place, dtype, _float_dtype(files))
-            sources = sources_of(model, files, place)
-            _fill_buffers(model, files, sources)
-        _check_same_files(files, group)
+            opened = stack.enter_context(open_checkpoint(directory, gguf_file, dtype))
+        _check_same_files(opened.files, group)
         if dist.get_rank(group) == 0:
-            _warn_of_unused(model, files, sources, place)
-        given = call_arguments_as_inputs(model, example_inputs)
-        program = rewrite(model, spec, degree=group.size(), example_inputs=given, **options)
+            warn_of_unused(opened)
+        given = call_arguments_as_inputs(opened.model, example_inputs)
+        program = rewrite(opened.model, spec, degree=group.size(), example_inputs=given, **options)
         check_same(program, group)
         assert program.spec is not None, "rewrite finds or plans one"
+        rank = dist.get_rank(group)
+        read = reader(opened.files, opened.sources, program, rank)
+        if progress is not None:
+            read = _reporting(read, progress, held_bytes(program, rank))
         with _all_or_none(group):
-            read = reader(files, sources, program, dist.get_rank(group))
-            module = TensorParallel(model, program, program.spec, group, read)
+            module = TensorParallel(opened.model, program, program.spec, group, read)
     forget_weights(program)
-    return module
+    return module, opened.files.bytes_read
 
 
-def reader(files: Checkpoint, sources: Sources, program: Program, rank: int) -> Read:
+def place_of(directory: str | os.PathLike[str], gguf_file: str | None = None) -> Path:
+    """The directory of safetensors files, or the GGUF file, that is meant."""
+    place = Path(directory) if gguf_file is None else Path(directory) / gguf_file
+    if place.is_dir() and not (place / "config.json").exists() and len(found := [*place.glob("*.gguf")]) == 1:
+        (place,) = found
+    return place
+
+
+@contextlib.contextmanager
+def open_checkpoint(
+    directory: str | os.PathLike[str], gguf_file: str | None = None, dtype: torch.dtype | None = None
+) -> Generator[Opened]:
+    """The model of a checkpoint without its weights, and where they are; needs no process group.
+
+    Raises:
+        TpcompileError: see :func:`from_pretrained`.
+    """
+    place = place_of(directory, gguf_file)
+    with contextlib.ExitStack() as stack:
+        files: Files
+        if place.suffix == ".gguf":
+            model = without_weights(place, dtype, torch.float32)
+            files = GgufFile(place, model)
+        else:
+            files = stack.enter_context(Checkpoint(place))
+            model = without_weights(place, dtype, _float_dtype(files))
+        sources = sources_of(model, files, place)
+        _fill_buffers(model, files, sources)
+        yield Opened(place, model, files, sources)
+
+
+def held_bytes(program: Program, rank: int) -> int:
+    """Bytes of the parameters that a rank holds."""
+    total = 0
+    for name, parameter in program.captured.parameters.items():
+        held = held_by(program.parameters.get(name, ()), tuple(parameter.shape), program.mesh, rank)
+        total += math.prod(sum(n for _, n in runs) for runs in held) * parameter.element_size()
+    return total
+
+
+def _reporting(read: Read, progress: Progress, total: int) -> Read:
+    done = 0
+
+    def reporting(name: str) -> torch.Tensor:
+        nonlocal done
+        part = read(name)
+        done += part.nbytes
+        progress(done, total)
+        return part
+
+    return reporting
+
+
+def reader(files: Files, sources: Sources, program: Program, rank: int) -> Read:
     """Reads the parts of ``rank``. Tied copies are read too, and compared."""
 
     def read(name: str) -> torch.Tensor:
-        whole = program.captured.parameters[name]
+        wanted = program.captured.parameters[name].dtype
         first, *copies = sources[name]
         held = held_by(program.parameters.get(name, ()), first.shape, program.mesh, rank)
-        part = files.read(first, held, whole.dtype)
+        part = files.read(first, held, wanted)
         for copy in copies:
-            if not torch.equal(files.read(copy, held, whole.dtype).view(torch.uint8), part.view(torch.uint8)):
+            if not torch.equal(files.read(copy, held, wanted).view(torch.uint8), part.view(torch.uint8)):
                 raise TpcompileError(
                     f"{copy} differs from {first.name}",
                     why=f"the model has one parameter for both, {name}",
@@ -117,109 +200,34 @@ def held_by(dims: tuple[Layout, ...], shape: tuple[int, ...], mesh: Mesh, rank: 
     return (*cut, *whole[len(cut) :])
 
 
-def sources_of(model: nn.Module, files: Checkpoint, directory: Path) -> Sources:
-    """Where every parameter and persistent buffer of ``model`` is in the files.
-
-    Raises:
-        TpcompileError: see :func:`from_pretrained`.
-    """
-    state = {n: x for n, x in model.state_dict(keep_vars=True).items() if isinstance(x, torch.Tensor)}
-    aliases = Names.of(model).aliases
-    renamed = _renaming(model, state)
-    found: dict[str, dict[str, Stored]] = {}
-    for key, stored in files.tensors.items():
-        name, converted = renamed(key)
-        if converted and name in state:
-            raise TpcompileError(
-                f"{stored} is only a part of {name}, or is computed with others",
-                why="transformers merges, splits or permutes such tensors when it loads them",
-                help="load the model with transformers and pass it to tpcompile.compile",
-            )
-        if name not in state:
-            continue
-        copies = found.setdefault(aliases[name], {})
-        if name in copies:
-            raise TpcompileError(f"{stored} is {name}", why=f"so is tensor {copies[name].name}")
-        copies[name] = stored
-        _check_kind(stored, name, state[name])
-    ignored = _pattern(model, "_keys_to_ignore_on_load_missing")
-    for name, tensor in state.items():
-        optional = not isinstance(tensor, nn.Parameter) and ignored is not None and ignored.search(name)
-        if aliases[name] not in found and not optional:
-            raise TpcompileError(
-                f"{directory}: tensor {name} is missing",
-                why=f"{type(model).__name__} has this {'parameter' if isinstance(tensor, nn.Parameter) else 'buffer'}, "
-                f"and the files ({', '.join(sorted({s.path.name for s in files.tensors.values()}))}) have it under no "
-                "name that transformers knows",
-                help='save the class that is to be loaded, or name the class of the files in "architectures" of '
-                "config.json",
-            )
-    return {name: tuple(copies.values()) for name, copies in found.items()}
-
-
-def _renaming(model: Any, state: Mapping[str, Any]) -> Callable[[str], tuple[str, bool]]:
-    """From a tensor's name in the files to its name in the model, as transformers has it, and whether it is more than
-    renamed."""
-    loading: Any = importlib.import_module("transformers.core_model_loading")
-    conversions: Any = importlib.import_module("transformers.conversion_mapping")
-    steps = conversions.get_model_conversion_mapping(model)
-    renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
-
-    def renamed(key: str) -> tuple[str, bool]:
-        name, pattern = loading.rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:
-            name, pattern = loading.rename_source_key(key, [], [], model.base_model_prefix, state)
-        return name, pattern is not None
-
-    return renamed
-
-
-def _check_kind(stored: Stored, name: str, wanted: torch.Tensor) -> None:
-    if stored.shape != tuple(wanted.shape):
-        raise TpcompileError(
-            f"{stored} has shape {list(stored.shape)}, and {name} {list(wanted.shape)}",
-            why="config.json and the files do not belong together",
-            help="download or save the whole directory again",
-        )
-    if stored.dtype != wanted.dtype and not (stored.dtype.is_floating_point and wanted.dtype.is_floating_point):
-        raise TpcompileError(
-            f"{stored} is {stored.dtype}, and {name} {wanted.dtype}",
-            why="only floating-point numbers are converted to other ones",
-            help="quantized weights must be dequantized and saved again",
-        )
-
-
-def _pattern(model: nn.Module, attribute: str, *others: str) -> re.Pattern[str] | None:
-    patterns = [*(getattr(model, attribute, None) or ()), *others]
-    return re.compile("|".join(f"(?:{p})" for p in patterns)) if patterns else None
-
-
-def _fill_buffers(model: nn.Module, files: Checkpoint, sources: Sources) -> None:
+def _fill_buffers(model: nn.Module, files: Files, sources: Sources) -> None:
     for name, buffer in model.named_buffers():
         if name in sources:
-            buffer.copy_(files.whole(sources[name][0], buffer.dtype))
+            buffer.copy_(whole(files, sources[name][0], buffer.dtype))
 
 
-def _float_dtype(files: Checkpoint) -> torch.dtype:
+def _float_dtype(files: Files) -> torch.dtype:
     return next((x.dtype for x in files.tensors.values() if x.dtype.is_floating_point), torch.float32)
 
 
-def _warn_of_unused(model: nn.Module, files: Checkpoint, sources: Sources, directory: Path) -> None:
+def warn_of_unused(opened: Opened) -> None:
     """What the model has no place for; what used to be stored and is computed now is nothing to warn of."""
-    used = {stored.name for copies in sources.values() for stored in copies}
+    model, tensors = opened.model, opened.files.tensors
+    used = {name for copies in opened.sources.values() for stored in copies for name in names_in(stored)}
     computed = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
-    ignored = _pattern(model, "_keys_to_ignore_on_load_unexpected", *computed)
-    unused = [n for n in files.tensors if n not in used and not (ignored is not None and ignored.search(n))]
+    ignored = keys_pattern(model, "_keys_to_ignore_on_load_unexpected", *computed)
+    unused = [n for n in tensors if n not in used and not (ignored is not None and ignored.search(n))]
     if unused:
-        shown = ", ".join(f"{n} ({files.tensors[n].path.name})" for n in unused[:5])
+        shown = ", ".join(f"{n} ({tensors[n].path.name})" for n in unused[:5])
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         warnings.warn(
-            f"{directory}: {type(model).__name__} has no place for {shown}{more}; not loaded", UserWarning, stacklevel=3
+            f"{opened.place}: {type(model).__name__} has no place for {shown}{more}; not loaded",
+            UserWarning,
+            stacklevel=4,
         )
 
 
-def _check_same_files(files: Checkpoint, group: dist.ProcessGroup) -> None:
+def _check_same_files(files: Files, group: dist.ProcessGroup) -> None:
     described = files.fingerprint()
     try:
         check_same_program(described, group, described)

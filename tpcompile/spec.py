@@ -405,13 +405,23 @@ def resolve(
     for name, canonical in model.names.items():
         if name in claimed:
             line, _ = claimed[name]
-            claims.append(Claim(canonical, line.word, line, name.rpartition(".")[0], name, _count(line, config)))
+            module, _ = parametrized(name) or (name.rpartition(".")[0], name)
+            claims.append(Claim(canonical, line.word, line, module, name, _count(line, config)))
     return tuple(claims)
 
 
 def _without_adapters(name: str) -> str:
     """What a parameter or module was called before PEFT wrapped the model, and the layer that it is in."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+_PARAMETRIZED = re.compile(r"(.+)\.parametrizations\.([^.]+)\.original\d*")
+
+
+def parametrized(name: str) -> tuple[str, str] | None:
+    """The module and the parameter that ``name`` is a part of, if it is what a parametrization computes one from."""
+    found = _PARAMETRIZED.fullmatch(name)
+    return None if found is None else (found[1], f"{found[1]}.{found[2]}")
 
 
 class _Model:
@@ -427,7 +437,7 @@ class _Model:
         """The names of the parameters that a pattern claims, as matched."""
         found: list[str] = []
         for name in self.names:
-            spellings = {name, name.rpartition(".")[0]}
+            spellings = {name, name.rpartition(".")[0], *(parametrized(name) or ())}
             if self.modules.get("", "").startswith("Peft"):
                 spellings |= {_without_adapters(spelling) for spelling in spellings}
             if any(map(pattern.matches, spellings)):

@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 
 from tpcompile.collectives import resolve_group
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
+from tpcompile.failures import store_key
 
 _rounds: Counter[str] = Counter()  # how many times each kind of meeting was held
 
@@ -31,7 +32,7 @@ def exchange(what: str, value: str, timeout: float) -> list[str]:
     store = distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     mine, count = dist.get_rank(), dist.get_world_size()
     number = _rounds[what]
-    keys = [f"tpcompile/{what}/{number}/{rank}" for rank in range(count)]
+    keys = [store_key(what, number, rank) for rank in range(count)]
     store.set(keys[mine], value)
     try:
         store.wait(keys, timedelta(seconds=timeout))
@@ -46,7 +47,7 @@ def exchange(what: str, value: str, timeout: float) -> list[str]:
             ) from error
     found = [store.get(key).decode() for key in keys]
     if number:  # whoever has come to this round has read the one before
-        store.delete_key(f"tpcompile/{what}/{number - 1}/{mine}")
+        store.delete_key(store_key(what, number - 1, mine))
     _rounds[what] += 1
     return found
 
