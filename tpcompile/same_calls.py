@@ -1,9 +1,9 @@
 """All ranks make the same call: compared before the first collective of it.
 
 gloo adds up tensors of the same number of elements and another shape, and aborts the process where the numbers differ;
-NCCL hangs. Which rank has other inputs can only be known if all say what they have: one all-gather of 32 bytes, for which
-the CPU waits. It is made in the first call of every graph, and then in every 64th call, so that it costs next to nothing
-and ranks that part ways are noticed soon; TPCOMPILE_CHECK=every-call asks for it in every call.
+NCCL hangs. Which rank has other inputs can only be known if all say what they have: one all-gather of 32 bytes, for
+which the CPU waits. It is made in the first call of every graph, and then in every 64th call, so that it costs next to
+nothing and ranks that part ways are noticed soon; TPCOMPILE_CHECK=every-call asks for it in every call.
 """
 
 from __future__ import annotations
@@ -88,4 +88,4 @@ def _values(tensor: torch.Tensor) -> str:
     return f" {crc32(cast('Any', sample.numpy())):08x}"
 
 
-__all__ = ["check_same_call", "checks_every_call"]
+__all__ = ["check_same_call", "is_due", "setting"]
