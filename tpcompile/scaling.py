@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Unpack, cast
 
 import torch
@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tpcompile.activations import resized, run_on_fakes, states
+from tpcompile.activations import Saved, resized, run_on_fakes, states
 from tpcompile.capture import capture
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, check_degree, choose_spec, rewrite_captured
 from tpcompile.errors import TpcompileError
+from tpcompile.folding import runs, shortened
 from tpcompile.links import Machine, machine
 from tpcompile.program import Asked, Options, Program
 
@@ -32,7 +33,8 @@ from tpcompile.program import Asked, Options, Program
 class Kernel:
     """One op below autograd: its FLOPs (of matrix products, attention, convolutions) and the bytes it reads and writes.
 
-    A multiplication and an addition are two FLOPs. ``dtype`` is that of its first result.
+    A multiplication and an addition are two FLOPs. ``dtype`` is that of its first result. ``bucket``: it serves the
+    bucket in which gradients of whole parameters are summed.
     """
 
     op: str
@@ -40,16 +42,21 @@ class Kernel:
     flops: int
     bytes: int
     dtype: str
+    bucket: bool = False
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One collective: bytes of the tensor that is reduced, or gathered, and the ranks that take part."""
+    """One collective: bytes of the tensor that is reduced, or gathered, and the ranks that take part.
+
+    ``bucket``: it sums a bucket of gradients of whole parameters.
+    """
 
     kind: str  # all_reduce, all_gather or reduce_scatter
     direction: str
     size: int
     ranks: tuple[int, ...]
+    bucket: bool = False
 
     @property
     def sent(self) -> int:
@@ -201,7 +208,62 @@ def work(program: Program, inputs: Sequence[Tensor] | None = None, training: boo
         TpcompileError: sizes depend on data (rows sorted by expert), or there is nothing to train.
     """
     shapes = [tuple(x.shape) for x in (resized(program) if inputs is None else inputs)]
+    found = runs(program)
+    least = shortened(program, [(run, 1) for run in found]) or program
     rank = max(range(program.mesh.degree), key=lambda rank: states(program, rank)[0])
+    base = total = _counted(least, rank, shapes, training)
+    for run in found:
+        more = shortened(program, [(other, 1 + (other is run)) for other in found])
+        assert more is not None, "runs can be shortened"
+        total = total and total.grown(base, _counted(more, rank, shapes, training), run.times - 1)
+    total = total or _counted(program, rank, shapes, training)
+    parameters, gradients, adamw = states(program, rank)
+    if not training:
+        return Work(total.kernels, total.exchanges, parameters)
+    return Work(total.kernels, total.exchanges, parameters, gradients, adamw, total.kept)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What was called while one rank's code ran, and the bytes that were kept for backward."""
+
+    kernels: Counter[Kernel]
+    exchanges: Counter[Exchange]
+    kept: int
+
+    def grown(self, base: _Counts, more: _Counts, times: int) -> _Counts | None:
+        """``self`` and ``times`` what ``more`` has more than ``base``; None where that is not plain."""
+        kernels = _grown(self.kernels, base.kernels, more.kernels, times)
+        exchanges = _grown(self.exchanges, base.exchanges, more.exchanges, times)
+        if kernels is None or exchanges is None:
+            return None
+        return _Counts(kernels, exchanges, self.kept + times * (more.kept - base.kept))
+
+
+def _grown(total: Counter[Any], base: Counter[Any], more: Counter[Any], times: int) -> Counter[Any] | None:
+    """What is new in ``more`` comes ``times`` times; a bucket of the whole step grows as often."""
+    found, new = Counter(total), more - base
+    for gone in (base - more).elements():
+        kind = _sized(gone, 0)
+        old, larger = ([x for x in counts if x.bucket and _sized(x, 0) == kind] for counts in (+found, +new))
+        if len(old) != 1 or len(larger) != 1 or found[old[0]] != 1 or new[larger[0]] != 1:
+            return None
+        del found[old[0]], new[larger[0]]
+        found[_sized(old[0], _size(old[0]) + times * (_size(larger[0]) - _size(gone)))] += 1
+    for key, count in new.items():
+        found[key] += count * times
+    return found
+
+
+def _size(x: Kernel | Exchange) -> int:
+    return x.bytes if isinstance(x, Kernel) else x.size
+
+
+def _sized(x: Kernel | Exchange, size: int) -> Kernel | Exchange:
+    return replace(x, bytes=size) if isinstance(x, Kernel) else replace(x, size=size)
+
+
+def _counted(program: Program, rank: int, shapes: Sequence[Sequence[int]], training: bool) -> _Counts:
     members = {
         name: next(tuple(found) for found in groups if rank in found)
         for name, groups in program.mesh.all_groups().items()
@@ -209,17 +271,14 @@ def work(program: Program, inputs: Sequence[Tensor] | None = None, training: boo
     counting = _Counting(members)
     kept: list[int] = []
 
-    def then(saved: Any, outputs: Sequence[Any]) -> None:
+    def then(saved: Saved, outputs: Sequence[Any]) -> None:
         kept.append(saved.bytes)
         if training:
             counting.direction = "backward"
             _backward(outputs)
 
     run_on_fakes(program, rank, shapes, then, counting, training)
-    parameters, gradients, adamw = states(program, rank)
-    if not training:
-        return Work(counting.kernels, counting.exchanges, parameters)
-    return Work(counting.kernels, counting.exchanges, parameters, gradients, adamw, kept[0])
+    return _Counts(counting.kernels, counting.exchanges, kept[0])
 
 
 def _backward(outputs: Sequence[Any]) -> None:
@@ -232,6 +291,7 @@ def _backward(outputs: Sequence[Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ counting
+_current_node: Callable[[], object] = getattr(torch._C, "_current_autograd_node")  # noqa: B009
 aten = torch.ops.aten
 collective = torch.ops._c10d_functional
 
@@ -284,7 +344,8 @@ class _Counting(TorchDispatchMode):
         if packet in COLLECTIVES:
             kind, group = COLLECTIVES[packet], next(a for a in reversed(args) if isinstance(a, str))
             x = made if kind == "all_gather" else args[0]
-            self.exchanges[Exchange(kind, self.direction, x.numel() * x.element_size(), self.members[group])] += 1
+            size = x.numel() * x.element_size()
+            self.exchanges[Exchange(kind, self.direction, size, self.members[group], _in_bucket())] += 1
         elif packet not in FREE and not _is_view(func):
             outputs = [x for x in pytree.tree_leaves(made) if isinstance(x, Tensor)]
             if outputs:
@@ -301,7 +362,13 @@ class _Counting(TorchDispatchMode):
         if packet in ROWS:
             inputs = [*outputs, *inputs[1:]]
         moved = sum(map(_bytes, {id(x): x for x in inputs}.values())) + sum(map(_bytes, outputs))
-        return Kernel(str(func), self.direction, flops, moved, str(outputs[0].dtype).removeprefix("torch."))
+        dtype = str(outputs[0].dtype).removeprefix("torch.")
+        return Kernel(str(func), self.direction, flops, moved, dtype, _in_bucket())
+
+
+def _in_bucket() -> bool:
+    """Whether the backward of ``copy_all`` is running."""
+    return getattr(_current_node(), "primitives", ("",))[0] == "all_reduce_bucket"
 
 
 def _is_view(func: Any) -> bool:
