@@ -126,7 +126,7 @@ def _is_size(node: torch.fx.Node) -> bool:
 
 
 def layer_graph(segment: Segment) -> tuple[torch.fx.Graph, list[torch.fx.Node], list[torch.fx.Node]]:
-    """Code of one call (names without the numbers that tell alike layers apart), what it is passed and what it gives."""
+    """Code of one call, with names that alike layers share; what it is passed; what it gives."""
     own = set(segment.nodes)
     prefix = f"{segment.path}."
     graph = torch.fx.Graph()
@@ -225,4 +225,14 @@ def install(
     return functions.of(root)
 
 
-__all__ = ["Functions", "Layer", "install", "layer_graph", "module_at", "nest", "read_outside", "repeated_layers", "segments"]
+__all__ = [
+    "Functions",
+    "Layer",
+    "install",
+    "layer_graph",
+    "module_at",
+    "nest",
+    "read_outside",
+    "repeated_layers",
+    "segments",
+]

@@ -291,7 +291,7 @@ def _backward(outputs: Sequence[Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ counting
-_current_node: Callable[[], object] = getattr(torch._C, "_current_autograd_node")  # noqa: B009
+_current_node: Callable[[], object] = getattr(getattr(torch, "_C"), "_current_autograd_node")  # noqa: B009
 aten = torch.ops.aten
 collective = torch.ops._c10d_functional
 
@@ -300,7 +300,9 @@ COLLECTIVES: Mapping[object, str] = {
     collective.all_gather_into_tensor: "all_gather",
     collective.reduce_scatter_tensor: "reduce_scatter",
 }
-FREE = frozenset({collective.wait_tensor, aten._unsafe_view, aten.empty, aten.new_empty, aten.empty_like, aten.lift_fresh})
+FREE = frozenset(
+    {collective.wait_tensor, aten._unsafe_view, aten.empty, aten.new_empty, aten.empty_like, aten.lift_fresh}
+)
 """Ops that neither read nor write elements (views are told by their schema)."""
 
 ROWS = frozenset({aten.embedding, aten.index, aten.index_select, aten.gather})
