@@ -187,3 +187,56 @@ def unwaited() -> tuple[int, float]:
 @pytest.mark.distributed
 def test_a_sum_is_only_started() -> None:
     assert run(unwaited, 2) == [(1, 3.0), (1, 3.0)]
+
+
+# ------------------------------------------------------------------------------------------------- Inductor
+def fusible() -> list[tuple[int, list[int], int, list[bool]]]:
+    """Of the forward and the backward graph: all-gathers and their products, reduce-scatters and their products.
+
+    As torch's pass for asynchronous tensor parallelism finds them (it replaces them on GPUs with symmetric memory).
+    """
+    from functorch.compile import make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes import micro_pipeline_tp as pipeline
+    from torch._inductor.fx_passes.post_grad import remove_noop_ops, view_to_reshape
+
+    torch.set_num_threads(1)
+    found: list[tuple[int, list[int], int, list[bool]]] = []
+
+    def look(module: torch.fx.GraphModule, _: object) -> Any:
+        view_to_reshape(module)
+        remove_noop_ops(module.graph)
+        issued = torch.ops._c10d_functional
+        gathers = [n for n in module.graph.nodes if n.target is issued.all_gather_into_tensor.default]
+        scatters = [n for n in module.graph.nodes if n.target is issued.reduce_scatter_tensor.default]
+        # private functions of the pass
+        read: Any = pipeline._find_consumer_matmuls  # pyright: ignore[reportPrivateUsage]
+        made: Any = pipeline._find_producer_matmul  # pyright: ignore[reportPrivateUsage]
+        consumers = [len(read(match.res_node)) for match in pipeline.find_all_gather_patterns(module.graph)]
+        producers = [
+            made(match.input_node) is not None for match in pipeline.find_reduce_scatter_patterns(module.graph)
+        ]
+        found.append((len(gathers), consumers, len(scatters), producers))
+        return make_boxed_func(module.forward)
+
+    ids = torch.arange(1, 17).view(2, 8)
+    tp = tpcompile.compile(zoo.build("llama"), example_inputs={"input_ids": ids}, sequence_parallel=True)
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look, decompositions=select_decomp_table())
+    call: Any = torch.compile(tp, backend=backend, fullgraph=True, dynamic=False)
+    tp(input_ids=ids)
+    call(input_ids=ids).logits.sum().backward()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_inductor_finds_the_products_beside_the_collectives_of_sequence_parallelism() -> None:
+    for forward, backward in run(fusible, 2):
+        # q, k, v; gate, up; so for two layers; the head; what gathers the logits has no product behind it
+        assert forward[:2] == (6, [3, 2, 3, 2, 1, 0])
+        # o and down of two layers; in front of them the embedding, whose lookup is no product
+        assert forward[2:] == (5, [False, True, True, True, True])
+        # backward: the gradients of q, k, v are added up before they are scattered, those of gate and up too
+        assert backward[:2] == (5, [1, 1, 1, 1, 0])
+        assert backward[2:] == (5, [True, False, False, False, False])

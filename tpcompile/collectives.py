@@ -387,6 +387,8 @@ def _stacked(x: Tensor, dim: int, parts: Parts) -> Tensor:
     longest = max(run_length(runs) for runs in parts)
     if dim == 0 and _in_order(parts, longest):
         return x.contiguous()
+    if isinstance(longest, int) and _in_order(parts, longest):  # of a size known now: what Inductor knows to fuse
+        return torch.cat(x.chunk(len(parts), dim))
     return torch.cat([_padded(pick(x, dim, runs), dim, longest) for runs in parts])
 
 
