@@ -220,23 +220,23 @@ def fusible() -> list[tuple[int, list[int], int, list[bool]]]:
         found.append((len(gathers), consumers, len(scatters), producers))
         return make_boxed_func(module.forward)
 
-    ids = torch.arange(1, 17).view(2, 8)
-    tp = tpcompile.compile(zoo.build("llama"), example_inputs={"input_ids": ids}, sequence_parallel=True)
+    inputs = {"input_ids": torch.arange(1, 17).view(2, 8), "use_cache": False}
+    tp = tpcompile.compile(zoo.build("llama"), example_inputs=inputs, sequence_parallel=True)
     backend = aot_autograd(fw_compiler=look, bw_compiler=look, decompositions=select_decomp_table())
     call: Any = torch.compile(tp, backend=backend, fullgraph=True, dynamic=False)
-    tp(input_ids=ids)
-    call(input_ids=ids).logits.sum().backward()
+    tp(**inputs)
+    call(**inputs).logits.sum().backward()
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_inductor_finds_the_products_beside_the_collectives_of_sequence_parallelism() -> None:
-    for forward, backward in run(fusible, 2):
+    for there, back in run(fusible, 2):
         # q, k, v; gate, up; so for two layers; the head; what gathers the logits has no product behind it
-        assert forward[:2] == (6, [3, 2, 3, 2, 1, 0])
+        assert there[:2] == (6, [3, 2, 3, 2, 1, 0])
         # o and down of two layers; in front of them the embedding, whose lookup is no product
-        assert forward[2:] == (5, [False, True, True, True, True])
+        assert there[2:] == (5, [False, True, True, True, True])
         # backward: the gradients of q, k, v are added up before they are scattered, those of gate and up too
-        assert backward[:2] == (5, [1, 1, 1, 1, 0])
-        assert backward[2:] == (5, [True, False, False, False, False])
+        assert back[:2] == (5, [1, 1, 1, 1, 0])
+        assert back[2:] == (5, [True, False, False, False, False])

@@ -385,10 +385,8 @@ def _pending_reduce_scatter(x: Tensor, dim: int, where: Where, group: str, owned
 def _stacked(x: Tensor, dim: int, parts: Parts) -> Tensor:
     """The members' parts of x one after the other along dim 0, padded to the longest."""
     longest = max(run_length(runs) for runs in parts)
-    if dim == 0 and _in_order(parts, longest):
-        return x.contiguous()
-    if isinstance(longest, int) and _in_order(parts, longest):  # of a size known now: what Inductor knows to fuse
-        return torch.cat(x.chunk(len(parts), dim))
+    if _in_order(parts, longest):  # what Inductor knows to fuse with the product in front of it
+        return x.contiguous() if dim == 0 else torch.cat(x.chunk(len(parts), dim))
     return torch.cat([_padded(pick(x, dim, runs), dim, longest) for runs in parts])
 
 
