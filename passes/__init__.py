@@ -12,6 +12,7 @@ from tpcompile.passes.forward_all_reduces import forward_all_reduces
 from tpcompile.passes.functionalize import functionalize
 from tpcompile.passes.in_place import in_place
 from tpcompile.passes.independent_dropout import independent_dropout
+from tpcompile.passes.overlap import overlap
 from tpcompile.passes.parameter_copies import parameter_copies
 from tpcompile.passes.place import place
 from tpcompile.passes.recompute import recompute
@@ -37,6 +38,7 @@ PIPELINE: tuple[Pass, ...] = (
     tidy,  # local identities: biases fused back, no-ops gone
     parameter_copies,  # gradients of whole parameters in cut regions: one bucket, or one per layer
     wide_reductions,  # if asked: sums over ranks in float32
+    overlap,  # if asked: products in pieces, whose sums travel meanwhile
     in_place,  # all-reduces that may overwrite what they sum
     recompute,  # if asked: what is run again in backward instead of being kept
 )

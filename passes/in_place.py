@@ -44,7 +44,7 @@ def in_place(program: Program) -> Program:
     """Mark the all-reduces, forward and backward, that may work in place."""
     module, graph = copy_graph(program.graph_module)
     for node in graph.nodes:
-        if node.target is collectives.all_reduce and _is_fresh(node.args[0]):
+        if node.target is collectives.all_reduce and "pending" not in node.kwargs and _is_fresh(node.args[0]):
             node.kwargs = {**node.kwargs, "inplace": True}
         elif node.target is collectives.copy and _gradient_is_own(node):
             node.kwargs = {**node.kwargs, "inplace_backward": True}

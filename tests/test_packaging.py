@@ -43,8 +43,9 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tree_files() -> set[str]:
     """Every file that belongs in the wheel, by its path in the wheel."""
-    places = {"tpcompile": ROOT / "tpcompile", "tpcompile/passes": ROOT / "passes", "tpcompile/specs": ROOT / "specs"}
-    kept = {".py", ".lark", ".tpspec", ".typed"}
+    folders = {"": "tpcompile", "/machines": "tpcompile/machines", "/passes": "passes", "/specs": "specs"}
+    places = {f"tpcompile{inside}": ROOT / folder for inside, folder in folders.items()}
+    kept = {".py", ".lark", ".toml", ".tpspec", ".typed"}
     return {
         f"{package}/{file.name}"
         for package, folder in places.items()

@@ -98,7 +98,7 @@ def memory(program: Program, inputs: Sequence[torch.Tensor] | None = None) -> tu
     for rank in range(program.mesh.degree):
         like = _sizes_held(program, rank)
         if like not in found:
-            found[like] = RankMemory(*_states(program, rank), _kept(program, rank, shapes))
+            found[like] = RankMemory(*states(program, rank), _kept(program, rank, shapes))
         ranks.append(found[like])
     return tuple(ranks)
 
@@ -127,7 +127,8 @@ def resized(program: Program, batch: int | None = None, length: int | None = Non
 def savers(program: Program) -> frozenset[str]:
     """Names of the nodes that autograd keeps something for, parameters and inputs included; raises as ``memory``."""
     shapes = [tuple(x.shape) for x in resized(program)]
-    return frozenset(node.name for node in _run(program, 0, shapes)[0].keepers if isinstance(node, torch.fx.Node))
+    saved, _ = run_on_fakes(program, 0, shapes)
+    return frozenset(node.name for node in saved.keepers if isinstance(node, torch.fx.Node))
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -236,14 +237,25 @@ class _OneRank(Run):
 def _kept(program: Program, rank: int, shapes: Sequence[Sequence[int]]) -> tuple[Kept, ...]:
     """What one rank keeps, in the order in which it is first kept."""
     layers = repeated_layers(program.captured.module_classes)
-    saved, outputs = _run(program, rank, shapes)
+    saved, outputs = run_on_fakes(program, rank, shapes)
     lines = tuple(_line(value, x, savers, layers) for value, x, savers in saved)
     del outputs  # until here they held the graph
     return lines
 
 
-def _run(program: Program, rank: int, shapes: Sequence[Sequence[int]]) -> tuple[Saved, object]:
-    """What one rank's code keeps on fakes, and its outputs, with which it goes."""
+def run_on_fakes(
+    program: Program,
+    rank: int,
+    shapes: Sequence[Sequence[int]],
+    then: Callable[[Saved, Sequence[Any]], None] | None = None,
+    watch: contextlib.AbstractContextManager[object] | None = None,
+    training: bool = True,
+) -> tuple[Saved, object]:
+    """What one rank's code keeps on fakes, and its outputs, with which it goes.
+
+    ``then`` is called with both while the rank's seat is still taken, so that backward may run there; ``watch`` is
+    entered around all of it. Without ``training`` no gradient is asked for, and nothing is kept.
+    """
     reached: list[torch.fx.Node] = []
     with _fake(program, rank) as (graph_module, attributes):
         inputs = [
@@ -257,9 +269,10 @@ def _run(program: Program, rank: int, shapes: Sequence[Sequence[int]]) -> tuple[
             saved.see(node, values)
 
         run = _OneRank(Simulation(graph_module, 1, {}, [attributes]), see, None, saved=saved)
-        with saved.counting(), torch.enable_grad():
+        with watch or contextlib.nullcontext(), torch.set_grad_enabled(training):
             try:
-                outputs = run.graph([graph_module], [inputs], "")
+                with saved.counting():
+                    (outputs,) = run.graph([graph_module], [inputs], "")
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 node = _after(graph_module.graph, reached)
                 raise TpcompileError(
@@ -268,6 +281,8 @@ def _run(program: Program, rank: int, shapes: Sequence[Sequence[int]]) -> tuple[
                     why=f"{error}: the number of rows is known only when the program runs",
                     help="measure a real step: tpcompile.activations.Saved counts it",
                 ) from error
+            if then is not None:
+                then(saved, outputs)
     return saved, outputs
 
 
@@ -306,7 +321,7 @@ def _fake(program: Program, rank: int) -> Generator[tuple[torch.fx.GraphModule, 
         yield graph_module, attributes
 
 
-def _states(program: Program, rank: int) -> tuple[int, int, int]:
+def states(program: Program, rank: int) -> tuple[int, int, int]:
     """Bytes of this rank's parameters, their gradients, and AdamW's two moments and step count of each."""
     parameters = gradients = adamw = 0
     for name, parameter in program.captured.parameters.items():
@@ -346,4 +361,4 @@ def _size(n: int | torch.SymInt, sizes: Mapping[sympy.Symbol, int]) -> int:
     return int(n.node.expr.xreplace(sizes)) if isinstance(n, torch.SymInt) else n
 
 
-__all__ = ["Kept", "RankMemory", "Saved", "memory", "resized", "savers"]
+__all__ = ["Kept", "RankMemory", "Saved", "memory", "resized", "run_on_fakes", "savers", "states"]

@@ -428,6 +428,104 @@ def memory_document(rank: RankMemory) -> Mapping[str, object]:
 
 
 @app.command()
+def scale(
+    model: ModelText,
+    spec: SpecFile = None,
+    tp: Annotated[str, typer.Option("--tp", metavar="N,N,...", help="The numbers of ranks.")] = "1,2,4,8",
+    link: Annotated[
+        str, typer.Option("--link", metavar="MACHINE", help="nvlink, pcie, ethernet or a TOML file.")
+    ] = "nvlink",
+    train: Annotated[bool, typer.Option("--train", help="Backward too, and the memory of a training step.")] = False,
+    batch: Annotated[int | None, typer.Option("--batch", metavar="B", min=1, help="Batch size.")] = None,
+    length: Annotated[int | None, typer.Option("--length", "--seq", metavar="S", min=1, help="Positions.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Convert the model: bfloat16, float16, ...")] = None,
+    sequence_parallel: SequenceParallel = False,
+    recompute: Again = None,
+    cut_logits: Annotated[
+        bool, typer.Option("--cut-logits", help="Leave cut outputs as parts (gather_logits).")
+    ] = False,
+    plot: Annotated[str | None, typer.Option("--plot", metavar="FILE", help="Draw to a .png, .svg or .pdf.")] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option("--calibrate", metavar="FILE", help="Measure two local processes first, and write their machine."),
+    ] = None,
+    json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Estimate a step on more and more ranks of a machine.
+
+    FLOPs, bytes, memory and time per rank, from the rewritten program of each degree; no such machine is needed.
+    """
+
+    def work() -> Answer:
+        from tpcompile import links, scaling_text
+        from tpcompile.scaling import scale as scaling_of
+
+        if calibrate is not None:
+            from tpcompile.calibration import calibrate as measured
+
+            refuse_to_replace(calibrate, force=False)
+            save(calibrate, measured().toml(), force=False)
+        on = links.machine(calibrate or link)
+        loaded = load(model, weights=False)
+        inputs = converted(loaded, dtype, train)
+        options: Asked = {**asked(sequence_parallel, recompute), "gather_logits": not cut_logits}
+        found = scaling_of(
+            loaded.model, spec, degrees=degrees(tp), on=on, example_inputs=inputs, batch=batch, length=length, **options
+        )
+        shapes = ", ".join(f"{path} {list(shape)}" for path, shape in found.shapes.items())
+        step = "training step (forward and backward)" if train else "forward pass"
+        said = [f"one {step} of {loaded.label} with {shapes}", f"per rank, on {on.name}: {on.about}", ""]
+        if plot is not None:
+            scaling_text.plot(found, loaded.label, plot)
+        document = {"ok": True, "model": loaded.label, **scaling_text.document(found)}
+        return Answer(document, (*said, scaling_text.table(found), "", *scaling_text.conclusion(found)))
+
+    respond(work, json, traceback)
+
+
+def degrees(text: str) -> list[int]:
+    """The numbers in ``1,2,4``."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise TpcompileError(f"--tp {text} is no list of numbers of ranks", help="write --tp 1,2,4,8")
+    return [int(word) for word in words]
+
+
+def converted(loaded: Loaded, dtype: str | None, train: bool) -> Mapping[str, object] | tuple[object, ...]:
+    """Example inputs of the model, which is put into train or eval mode, and into ``dtype`` if one is named.
+
+    To train, a model that takes ``labels`` beside ``input_ids`` is given them: its loss is what backward starts from.
+    """
+    import torch
+
+    loaded.model.train(train)
+    inputs = example_inputs(loaded)
+    if dtype is not None:
+        known = {
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+            "float32": torch.float32,
+            "float64": torch.float64,
+        }
+        if dtype not in known:
+            raise TpcompileError(f"--dtype {dtype} is no floating point type", help=nearest(dtype, list(known)))
+        wanted = known[dtype]
+        loaded.model.to(wanted)
+
+        def convert(x: object) -> object:
+            return x.to(wanted) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        inputs = (
+            {k: convert(x) for k, x in inputs.items()} if isinstance(inputs, Mapping) else tuple(map(convert, inputs))
+        )
+    takes = inspect.signature(loaded.model.forward).parameters
+    if train and isinstance(inputs, Mapping) and "labels" in takes and "input_ids" in inputs and "labels" not in inputs:
+        inputs = {**inputs, "labels": inputs["input_ids"]}
+    return inputs
+
+
+@app.command()
 def explain(
     model: ModelText,
     name: Annotated[str, typer.Argument(metavar="PARAMETER_OR_MODULE", show_default=False)],

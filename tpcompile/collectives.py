@@ -304,6 +304,15 @@ def _all_reduce(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> T
     return y
 
 
+def _pending_all_reduce(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> Tensor:
+    """``_all_reduce`` whose result may be read only after ``_wait``."""
+    return _functional.all_reduce(x.contiguous(), "sum", group) if _seat(group)[1] > 1 and x.numel() else x
+
+
+def _wait(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> Tensor:
+    return _functional.wait_tensor(x)
+
+
 def _all_reduce_max(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> Tensor:
     if _seat(group)[1] == 1:
         return x
@@ -365,16 +374,29 @@ def _all_gather(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> T
     return join(flat.chunk(size) if mine.shape[0] else [mine] * size, dim, parts)
 
 
+def _pending_reduce_scatter(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> Tensor:
+    """``_reduce_scatter`` whose result may be read only after ``_wait``; what must be unpadded is waited for here."""
+    size = _seat(group)[1]
+    parts = parts_of(where, size)
+    if size == 1 or any(run_length(runs) != run_length(parts[0]) for runs in parts) or not x.numel():
+        return _reduce_scatter(x, dim, where, group, owned)
+    return _functional.reduce_scatter_tensor(_stacked(x, dim, parts), "sum", size, group)
+
+
+def _stacked(x: Tensor, dim: int, parts: Parts) -> Tensor:
+    """The members' parts of x one after the other along dim 0, padded to the longest."""
+    longest = max(run_length(runs) for runs in parts)
+    if _in_order(parts, longest):  # what Inductor knows to fuse with the product in front of it
+        return x.contiguous() if dim == 0 else torch.cat(x.chunk(len(parts), dim))
+    return torch.cat([_padded(pick(x, dim, runs), dim, longest) for runs in parts])
+
+
 def _reduce_scatter(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> Tensor:
     index, size = _seat(group)
     parts = parts_of(where, size)
     if size == 1:
         return x if len(parts[0]) == 1 else pick_copy(x, dim, parts[0])
-    longest = max(run_length(runs) for runs in parts)
-    if dim == 0 and _in_order(parts, longest):
-        stacked = x.contiguous()
-    else:
-        stacked = torch.cat([_padded(pick(x, dim, runs), dim, longest) for runs in parts])
+    longest, stacked = max(run_length(runs) for runs in parts), _stacked(x, dim, parts)
     if _traced(x):
         mine = _functional.wait_tensor(_functional.reduce_scatter_tensor(stacked, "sum", size, group))
     else:
@@ -395,6 +417,9 @@ PRIMITIVES: Mapping[str, Callable[[Tensor, int, Where, str, bool], Tensor]] = {
     "cut": _cut,
     "zero_pad": _zero_pad,
     "keep_first": _keep_first,
+    "pending_all_reduce": _pending_all_reduce,
+    "pending_reduce_scatter": _pending_reduce_scatter,
+    "wait": _wait,
 }
 """What each primitive does on one rank's tensor; ``all_reduce_bucket`` is ``_many``'s."""
 
@@ -409,7 +434,8 @@ class _Linear(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, forward: str, backward: str, dim: int, where: Where, group: str, own: bool, own_grad: bool
     ) -> Tensor:
-        ctx.primitives, ctx.place, ctx.own_grad = (backward, forward), (dim, where, group), own_grad
+        ctx.primitives = (backward, forward.removeprefix("pending_"))
+        ctx.place, ctx.own_grad = (dim, where, group), own_grad
         y = PRIMITIVES[forward](x, dim, where, group, own)
         if y is x and own and forward == "all_reduce":
             ctx.mark_dirty(x)
@@ -577,13 +603,24 @@ def copy(x: Tensor, group: str, inplace_backward: bool = False) -> Tensor:
     return _apply(x, row.forward, row.backward, 0, (), group, False, inplace_backward)
 
 
-def all_reduce(x: Tensor, group: str, inplace: bool = False) -> Tensor:
+def all_reduce(x: Tensor, group: str, inplace: bool = False, pending: bool = False) -> Tensor:
     """P -> R: the sum of x over ``group``; the gradient passes as it is (Megatron's g).
 
-    ``inplace`` lets the sum overwrite x, where it is contiguous and autograd allows it.
+    ``inplace`` lets the sum overwrite x, where it is contiguous and autograd allows it. ``pending`` only starts it: the
+    result may be read by :func:`wait` alone.
     """
     row = TRANSITIONS["all_reduce"]
-    return _apply(x, row.forward, row.backward, 0, (), group, inplace, False)
+    return _apply(x, _begun(row.forward, pending), row.backward, 0, (), group, inplace and not pending, False)
+
+
+def wait(x: Tensor) -> Tensor:
+    """x itself, once the ``pending`` collective that makes it is done; the gradient passes as it is."""
+    return x if torch.compiler.is_exporting() else _apply(x, "wait", "identity", 0, (), "")
+
+
+def _begun(primitive: str, pending: bool) -> str:
+    """The primitive that only starts, where one is asked for; what is exported has no use for it."""
+    return f"pending_{primitive}" if pending and not torch.compiler.is_exporting() else primitive
 
 
 def gather(x: Tensor, dim: int, parts: Where | None, group: str) -> Tensor:
@@ -617,10 +654,13 @@ def cut(x: Tensor, dim: int, parts: Where | None, group: str) -> Tensor:
     return _apply(x, row.forward, row.backward, dim, _where_of_whole(x, dim, parts), group)
 
 
-def reduce_scatter(x: Tensor, dim: int, parts: Where | None, group: str) -> Tensor:
-    """P -> S: this member's part along ``dim`` of the sum of x over ``group``; the gradients are gathered."""
+def reduce_scatter(x: Tensor, dim: int, parts: Where | None, group: str, pending: bool = False) -> Tensor:
+    """P -> S: this member's part along ``dim`` of the sum of x over ``group``; the gradients are gathered.
+
+    ``pending`` only starts it: the result may be read by :func:`wait` alone.
+    """
     row, dim = TRANSITIONS["reduce_scatter"], _axis(x, dim)
-    return _apply(x, row.forward, row.backward, dim, _where_of_whole(x, dim, parts), group)
+    return _apply(x, _begun(row.forward, pending), row.backward, dim, _where_of_whole(x, dim, parts), group)
 
 
 def once(x: Tensor, group: str) -> Tensor:

@@ -152,3 +152,10 @@ def own_dropout(x: torch.Tensor, p: float, stream: int) -> torch.Tensor:
     generator = torch.Generator(x.device).manual_seed(seed)
     mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
     return x * mask.div_(1 - p) if p < 1.0 else x * mask
+
+
+def split_evenly(x: torch.Tensor, dim: int, count: int) -> tuple[torch.Tensor, ...]:
+    """``count`` views of x along ``dim``, of sizes that differ by one at most, whatever the size is."""
+    ends = [x.shape[dim] * i // count for i in range(1, count)]
+    starts, ends = [0, *ends], [*ends, x.shape[dim]]
+    return x.split([end - start for start, end in zip(starts, ends, strict=True)], dim)

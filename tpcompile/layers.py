@@ -74,8 +74,7 @@ def nest(graph: torch.fx.Graph, layers: frozenset[str]) -> tuple[torch.fx.Graph,
                 if node.op != "get_attr":
                     env[node] = root.node_copy(node, at_root)
             continue
-        own = set(segment.nodes)
-        layer, inputs, outputs = _layer_graph(segment, own)
+        layer, inputs, outputs = layer_graph(segment)
         call = sum(1 for path, _ in inside if path == segment.path)
         inside.append((segment.path, layer))
         made = root.create_node(
@@ -126,10 +125,9 @@ def _is_size(node: torch.fx.Node) -> bool:
     return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
-def _layer_graph(
-    segment: Segment, own: set[torch.fx.Node]
-) -> tuple[torch.fx.Graph, list[torch.fx.Node], list[torch.fx.Node]]:
-    """Code of one call: names without the numbers that tell alike layers apart."""
+def layer_graph(segment: Segment) -> tuple[torch.fx.Graph, list[torch.fx.Node], list[torch.fx.Node]]:
+    """Code of one call, with names that alike layers share; what it is passed; what it gives."""
+    own = set(segment.nodes)
     prefix = f"{segment.path}."
     graph = torch.fx.Graph()
     env: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -227,4 +225,14 @@ def install(
     return functions.of(root)
 
 
-__all__ = ["Functions", "Layer", "install", "module_at", "nest", "read_outside", "repeated_layers", "segments"]
+__all__ = [
+    "Functions",
+    "Layer",
+    "install",
+    "layer_graph",
+    "module_at",
+    "nest",
+    "read_outside",
+    "repeated_layers",
+    "segments",
+]

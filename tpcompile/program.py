@@ -90,6 +90,8 @@ class Options:
             dropout and product with v), ``"layers"`` (every repeated layer), or None.
         per_layer: every layer reads its own parameters alone, for ``fully_shard`` and :func:`tpcompile.pipeline_stage`;
             gradients of whole parameters in cut regions are then summed in a bucket per layer instead of one per step.
+        overlap: 2 or more makes a product whose partial sums are added up over the ranks in so many pieces, so that
+            the sum of one travels while the next is multiplied (Wang et al. 2024, Domino).
     """
 
     sequence_parallel: bool = False
@@ -98,6 +100,7 @@ class Options:
     dropout: Literal["exact", "independent"] = "exact"
     recompute: Recompute = None
     per_layer: bool = False
+    overlap: int = 1
 
     def __post_init__(self) -> None:
         if self.reduce_dtype not in (None, torch.float32, torch.float64):
@@ -118,6 +121,18 @@ class Options:
                 why="it says what is run again in backward instead of being kept for it",
                 help='"attention" runs the scores, softmax and product with v again; "layers" every repeated layer',
             )
+        if isinstance(self.overlap, bool) or not isinstance(self.overlap, int) or self.overlap < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ShardingError(
+                f"overlap is {self.overlap!r}",
+                why="it is the number of pieces of a product, of which one is summed while the next is made",
+                help="pass overlap=2, or leave it at 1",
+            )
+        if self.overlap > 1 and self.recompute == "layers":
+            raise ShardingError(
+                'overlap and recompute="layers" together',
+                why="a layer that runs again in backward would start its sums again and not wait for them",
+                help='pass recompute="attention", or no overlap',
+            )
 
 
 DEFAULT = Options()
@@ -132,6 +147,7 @@ class Asked(TypedDict, total=False):
     dropout: Literal["exact", "independent"]
     recompute: Recompute
     per_layer: bool
+    overlap: int
 
 
 @dataclass(frozen=True)
