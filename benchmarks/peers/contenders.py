@@ -86,7 +86,9 @@ def floor(work: Workload, training: bool, dtype: torch.dtype, sequence_parallel:
     """See :mod:`benchmarks.peers.floor`."""
     model = _model(work, training, dtype)
     made = Floor(work, model, sequence_parallel)
-    return Running(made.parameters(), made.logits, made.loss, partial(made.gradients, model.to("meta")), made.after_backward)
+    return Running(
+        made.parameters(), made.logits, made.loss, partial(made.gradients, model.to("meta")), made.after_backward
+    )
 
 
 # ------------------------------------------------------------------------------------------------ tpcompile
@@ -163,7 +165,7 @@ PLANS: Mapping[str, Plan] = {
 
 
 def dtensor(work: Workload, training: bool, dtype: torch.dtype, sequence_parallel: bool = False) -> Running:
-    """``parallelize_module`` with one gather per block, vocabulary-parallel embedding and head, and ``loss_parallel``."""
+    """``parallelize_module``: one gather per block, embedding and head cut along the vocabulary, ``loss_parallel``."""
     plan = PLANS[work.cls]
     if sequence_parallel and not plan.last_norm:
         raise NotForThisModelError("a plan with sequence parallelism is written for the Llama layout only")

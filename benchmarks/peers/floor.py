@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class ScatterPositions(torch.autograd.Function):
 
 
 class VocabularyCrossEntropy(torch.autograd.Function):
-    """Losses ``[n]`` of logits ``[n, vocabulary / ranks]``, which are overwritten: a maximum and two sums over the ranks."""
+    """Losses ``[n]`` of logits ``[n, vocabulary / ranks]``, which are overwritten: a maximum and two sums over ranks."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
@@ -248,7 +249,11 @@ class Floor:
         }
         self.layers = [Layer(self.weights, f"{i}.") for i in range(config.num_hidden_layers)]
         get = self.weights.get
-        self.embed, self.positions, self.types = self.weights["embed.weight"], get("positions.weight"), get("types.weight")
+        self.embed, self.positions, self.types = (
+            self.weights["embed.weight"],
+            get("positions.weight"),
+            get("types.weight"),
+        )
         self.embed_norm = get("embed_norm.weight"), get("embed_norm.bias")
         self.transform, self.transform_bias = get("transform.weight"), get("transform.bias")
         self.norm_last = self.weights["norm.weight"], get("norm.bias")
@@ -261,7 +266,9 @@ class Floor:
         self.first = self.rank * self.embed.shape[0]
         self.rotary = self._rotary(config)
         self.partial = [  # whole weights that see parts of the heads, or of the positions
-            x for name, x in self.weights.items() if not is_cut(name) and (self.spread or "q_norm" in name or "k_norm" in name)
+            x
+            for name, x in self.weights.items()
+            if not is_cut(name) and (self.spread or "q_norm" in name or "k_norm" in name)
         ]
 
     def _rotary(self, config: Any) -> tuple[Tensor, Tensor] | None:
@@ -319,9 +326,7 @@ class Floor:
         if self.rotary is not None:
             cos, sin = (table[: q.shape[2]] for table in self.rotary)
             q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=self.work.causal, enable_gqa=self.heads != self.kv_heads
-        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.work.causal, enable_gqa=self.heads != self.kv_heads)
         return F.linear(y.permute((2, 0, 1, 3) if self.spread else (0, 2, 1, 3)).flatten(2), layer.out)
 
     def mlp(self, layer: Layer, x: Tensor) -> Tensor:
@@ -402,7 +407,8 @@ class Floor:
 
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
         """Whole gradients under the model's own names."""
-        whole = {name: torch.zeros_like(p, requires_grad=True) for name, p in model.named_parameters()}
+        zeros = partial(torch.zeros, dtype=self.embed.dtype, requires_grad=True)
+        whole = {name: zeros(p.shape) for name, p in model.named_parameters()}
         parts = packed(self.work, whole, self.rank, self.ranks)
         grads = [g if is_cut(name) else g / self.ranks for name, x in self.weights.items() if (g := x.grad) is not None]
         torch.autograd.backward([parts[name] for name, x in self.weights.items() if x.grad is not None], grads)

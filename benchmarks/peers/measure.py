@@ -225,6 +225,9 @@ def _status(field: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ time
+Samples = dict[str, list[float]]
+
+
 def timed(running: Running, optimizer: torch.optim.Optimizer | None, work: Workload) -> tuple[float, float]:
     """Seconds of the clock and of this process's CPU, per step."""
     ids, labels = work.batch_of_tokens()
@@ -238,7 +241,9 @@ def timed(running: Running, optimizer: torch.optim.Optimizer | None, work: Workl
     return (time.perf_counter() - wall) / work.steps, (time.process_time() - cpu) / work.steps
 
 
-def rounds(live: Mapping[str, Running | None], work: Workload, mode: str, count: int) -> dict[str, dict[str, list[float]]]:
+def rounds(
+    live: Mapping[str, Running | None], work: Workload, mode: str, count: int
+) -> dict[str, dict[str, list[float]]]:
     """``count`` interleaved samples of each contender, in milliseconds: the slowest rank's clock, the mean CPU time."""
     optimizers = {n: optimizer_of(r) if r is not None and mode == "training" else None for n, r in live.items()}
     names = list(live)
@@ -282,7 +287,6 @@ def compare(names: Sequence[str], work: Workload, mode: str, count: int, dtype: 
         if any(failures):
             found[name] = {"failed": next(f for f in failures if f)}
             live.pop(name, None)
-    del expected
     if count:
         for name, samples in rounds(live, work, mode, count).items():
             found[name] |= samples

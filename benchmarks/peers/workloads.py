@@ -40,7 +40,7 @@ class Workload:
         )
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The unmodified model on one device. No parameter is constant: zero biases and unit norms would hide errors."""
+        """The unmodified model on one device; no parameter is constant: zero biases and unit norms would hide errors."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model: nn.Module = getattr(transformers, self.cls)(self.settings)
@@ -55,7 +55,7 @@ class Workload:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(2, self.settings.vocab_size, (self.batch, self.positions), generator=generator)
         labels = ids.clone() if self.causal else ids.roll(1, 1)
-        labels[:, :: 7] = -100
+        labels[:, ::7] = -100
         return ids, labels
 
     @property
