@@ -90,7 +90,7 @@ class ScatterPositions(torch.autograd.Function):
 
 
 class VocabularyCrossEntropy(torch.autograd.Function):
-    """Losses ``[n]`` of logits ``[n, vocabulary / ranks]``, which are overwritten: a maximum and two sums over ranks."""
+    """Losses ``[n]`` of logits ``[n, vocabulary / ranks]``, which are overwritten: three all-reduces."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ falls on all of them, and only ratios within a round are used.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import io
 import logging
@@ -196,7 +197,8 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def resident(name: str, work: Workload, mode: str) -> dict[str, int]:
-    """Resident memory of this process in a few steps, above what it had with everything imported; Linux only."""
+    """Peak resident memory of a few steps, above what this process had with everything imported; Linux only."""
+    _quiet()
     contender, (ids, labels) = CONTENDERS[name], work.batch_of_tokens()
     base = _reset_peak()
     if not (contender.alone and dist.get_rank()):
@@ -215,6 +217,7 @@ def resident(name: str, work: Workload, mode: str) -> dict[str, int]:
 
 def _reset_peak() -> int:
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

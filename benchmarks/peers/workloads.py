@@ -40,7 +40,7 @@ class Workload:
         )
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The unmodified model on one device; no parameter is constant: zero biases and unit norms would hide errors."""
+        """The unmodified model; no parameter is constant, since zero biases and unit norms would hide errors."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model: nn.Module = getattr(transformers, self.cls)(self.settings)
