@@ -91,7 +91,7 @@ WORKLOADS: Mapping[str, Workload] = {
     work.name: work
     for work in (
         Workload("llama", "LlamaForCausalLM", LLAMA, 2, 128, "hidden 512, 4 layers, 8 heads on 4, 2 x 128 tokens"),
-        Workload("llama-small", "LlamaForCausalLM", SMALL, 1, 16, "hidden 128, 4 layers, 16 tokens: overhead", 4),
+        Workload("llama-small", "LlamaForCausalLM", SMALL, 1, 16, "hidden 128, 4 layers, 16 tokens: overhead", 2),
         Workload("gpt2", "GPT2LMHeadModel", GPT2, 2, 128, "hidden 512, 4 layers, packed q, k and v, 2 x 128 tokens"),
         Workload("gpt-neox", "GPTNeoXForCausalLM", NEOX, 2, 128, "parallel residual with two norms, hidden 512"),
         Workload("phi", "PhiForCausalLM", PHI, 2, 128, "parallel residual with one norm, hidden 512"),
