@@ -1,4 +1,4 @@
-"""benchmarks/compare.py: a floor that is right, counts that are at most its own, a document that is what was recorded."""
+"""benchmarks/compare.py: a floor that is right, counts that are at most its own, a document of what was recorded."""
 
 from __future__ import annotations
 

@@ -31,11 +31,11 @@ against one device.
 
 All contenders of a workload live in one group of two processes with one thread each, on gloo, and run in turn: one
 sample of each per round, in rotating order. A figure is the median over the rounds of the ratio to the floor *in the
-same round*, with its quartiles; below 1 is faster than the floor. What else the machine does falls on all of them. *CPU*
-is the processor time of a rank, its communication threads included. Collectives, bytes (what a rank sends in a ring) and
-memory (the peak of live tensors within a step, with weights and AdamW's states) are read off torch's profiler. Errors
-are relative to one device, in float32. In training only the loss is asked for: a contender that can leave the logits cut
-does.
+same round*, with its quartiles; below 1 is faster than the floor. What else the machine does falls on all of them.
+*CPU* is the processor time of a rank, its communication threads included. Collectives, bytes (what a rank sends in a
+ring) and memory (the peak of live tensors within a step, with weights and AdamW's states) are read off torch's
+profiler. Errors are relative to one device, in float32. In training only the loss is asked for: a contender that can
+leave the logits cut does.
 """
 
 

@@ -277,7 +277,7 @@ def rounds(
 
 # ------------------------------------------------------------------------------------------------ all of it
 def compare(names: Sequence[str], work: Workload, mode: str, count: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Every contender on this rank: checked, counted, and timed in ``count`` rounds. Collective."""
+    """Every contender on this rank: checked and counted, and timed in ``count`` rounds if there are any. Collective."""
     _quiet()
     ids, labels = work.batch_of_tokens()
     expected = reference(work, mode, dtype)
@@ -289,7 +289,7 @@ def compare(names: Sequence[str], work: Workload, mode: str, count: int, dtype: 
             live[name], found[name], failed = None, {}, None
         else:
             row: dict[str, Any] = {}
-            failed = _attempt(lambda: _first(name, work, mode, dtype, ids, labels, expected, row, live))  # noqa: B023
+            failed = _attempt(lambda: _first(name, work, mode, dtype, ids, labels, expected, row, live, count > 0))  # noqa: B023
             found[name] = row
         failures: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, failed)
@@ -304,13 +304,14 @@ def compare(names: Sequence[str], work: Workload, mode: str, count: int, dtype: 
 
 def _first(
     name: str, work: Workload, mode: str, dtype: torch.dtype, ids: Tensor, labels: Tensor, expected: Reference,
-    row: dict[str, Any], live: dict[str, Running | None],
+    row: dict[str, Any], live: dict[str, Running | None], memory: bool,
 ) -> None:  # fmt: skip
-    """Build one contender; its errors, counts and memory go to ``row``."""
+    """Build one contender; its errors, counts and, if asked for, memory go to ``row``."""
     running = CONTENDERS[name].build(work, mode == "training", dtype)
     row["errors"] = errors(running, mode, ids, labels, expected)
     row["collectives"] = counted(running, mode, ids, labels)
-    row["memory"] = allocated(running, mode, ids, labels)
+    if memory:
+        row["memory"] = allocated(running, mode, ids, labels)
     live[name] = running
 
 
