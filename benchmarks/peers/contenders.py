@@ -268,7 +268,8 @@ def auto_tp(work: Workload, training: bool, dtype: torch.dtype) -> Running:
     model, ranks = _model(work, training, dtype), dist.get_world_size()
     if not training:
         engine = deepspeed.init_inference(model, tensor_parallel={"tp_size": ranks}, dtype=dtype)
-        return Running((), _logits_of(engine.module), _loss_of(engine.module), dict)
+        held = list(engine.module.parameters())
+        return Running(held, _logits_of(engine.module), _loss_of(engine.module), dict)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 0},

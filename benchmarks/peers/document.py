@@ -133,7 +133,7 @@ def _where_better(every: Row) -> Iterator[str]:
             found = ratios(every, name, "tpcompile", kind)
             if found is not None and found[2] < 1:
                 yield f"{name} takes {_spread(found)} of its {says}"
-        if not CONTENDERS[name].alone:
+        if not CONTENDERS[name].alone and "collectives" in row:
             (calls, size), (own_calls, own_size) = _totals(row), _totals(own)
             if calls < own_calls or size < own_size:
                 yield f"{name} has {calls} collectives of {_mib(size)} MiB for {own_calls} of {_mib(own_size)} MiB"
@@ -168,8 +168,10 @@ def _workload(name: str, work: Row) -> str:
 
 def _measured(every: Row, name: str, phases: Sequence[str]) -> list[str]:
     row = every[name]
-    counts = [_counts(row["collectives"].get(phase, {})) for phase in phases]
     times = [_spread(ratios(every, name, "floor", kind)) for kind in ("wall", "cpu")]
+    if "collectives" not in row:  # not all of it was counted
+        return [name, *times, *("-" for _ in phases), "-", "-", _error(row["errors"])]
+    counts = [_counts(row["collectives"].get(phase, {})) for phase in phases]
     return [name, *times, *counts, _mib(_totals(row)[1]), _mib(row["memory"]["peak"]), _error(row["errors"])]
 
 
