@@ -128,7 +128,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in asked.workloads.split(","):
         start = time.perf_counter()
         found = measured(name, contenders, asked.rounds, absent)
-        record(recorded() | {"machine": machine(), "workloads": recorded()["workloads"] | {name: found}})
+        record(
+            recorded()
+            | {
+                "machine": recorded().get("machine", {}) | machine(),
+                "workloads": recorded()["workloads"] | {name: found},
+            }
+        )
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     if asked.resident:
         kept = {

@@ -7,7 +7,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.peers.contenders import CONTENDERS
-from benchmarks.peers.workloads import MODES
+from benchmarks.peers.workloads import MODES, WORKLOADS
 
 Row = Mapping[str, Any]
 OWN = ("tpcompile", "tpcompile, inductor", "tpcompile, sequence")
@@ -68,10 +68,12 @@ def ratios(rows: Row, name: str, base: str, kind: str) -> tuple[float, float, fl
 def _machine(results: Row) -> str:
     machine: Row = results["machine"]
     loads = [x for row in results["workloads"].values() for mode in MODES for x in row[mode]["load"]]
+    missing = [name for name in WORKLOADS if name not in results["workloads"]]
+    rest = f" Not taken there: {', '.join(missing)}." if missing else ""
     versions = ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("cores", "machine"))
     return (
         f"Taken on {machine['cores']} cores ({machine['machine']}) that were shared with other work (load average "
-        f"{min(loads):.1f} to {max(loads):.1f}), {versions}.\n"
+        f"{min(loads):.1f} to {max(loads):.1f}), {versions}.{rest}\n"
     )
 
 
