@@ -6,6 +6,7 @@ pattern, forward and backward, in all states that its variables can have.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -91,6 +92,12 @@ def _new_memory(match: Match) -> str | None:
     return None
 
 
+def _narrow(match: Match) -> str | None:
+    """Whether rounding between the ops is part of the result."""
+    dtype = match["x"].meta["val"].dtype
+    return None if dtype in (torch.float32, torch.float64) else f"x is {dtype}: the fused op rounds once, these each"
+
+
 def _changes_shape(match: Match) -> str | None:
     x, root = match["x"], match.root
     before, after = _exact(x.meta["val"].shape), _exact(root.meta["val"].shape)
@@ -131,6 +138,13 @@ def _biased(product: Any, with_bias: Any) -> tuple[Pattern, Pattern]:
     )
 
 
+def _written_gelu(x: Any) -> Any:
+    """Gelu with tanh as transformers' NewGELUActivation writes it (Hendrycks and Gimpel 2016)."""
+    inner = aten.add.Tensor(x, aten.mul.Tensor(aten.pow.Tensor_Scalar(x, 3.0), 0.044715))
+    tanh = aten.tanh.default(aten.mul.Tensor(inner, math.sqrt(2.0 / math.pi)))
+    return aten.mul.Tensor(aten.mul.Tensor(x, 0.5), aten.add.Tensor(tanh, 1.0))
+
+
 def _part(size: Sequence[Any], dim: int, parts: collectives.Parts) -> list[Any]:
     """``size`` with the part that a rank holds of ``dim``."""
     return [per_rank(list(map(run_length, parts))) if d == dim else n for d, n in enumerate(size)]
@@ -169,6 +183,9 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     *_biased(aten.linear.default, lambda x, w, b: aten.linear.default(x, w, b)),
     *_biased(aten.mm.default, lambda x, w, b: aten.addmm.default(b, x, w)),
+    Pattern(
+        "gelu, written out", _written_gelu, lambda x: aten.gelu.default(x, approximate="tanh"), _narrow,
+    ),
     *map(_born_cut, (aten.zeros.default, aten.ones.default)),
     Pattern(
         "a part of full is smaller",

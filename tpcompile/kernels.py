@@ -27,13 +27,13 @@ def embedding_rows(weight: torch.Tensor, ids: torch.Tensor, held: Runs, padding_
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= total:
             raise IndexError(f"index out of range: ids run from {low} to {high}, the embedding has {total} rows")
-    inside, local = _locate(ids, held)
+    elsewhere, local = _locate(ids, held)
     padding, first = None, 0
     for start, length in held:
         if start <= padding_idx < start + length:
             padding = padding_idx - start + first
         first += length
-    return F.embedding(local, weight, padding_idx=padding).masked_fill(~inside.unsqueeze(-1), 0)
+    return F.embedding(local, weight, padding_idx=padding).masked_fill(elsewhere.unsqueeze(-1), 0)
 
 
 def gather_part(x: torch.Tensor, dim: int, index: torch.Tensor, held: Runs, total: int) -> torch.Tensor:
@@ -48,8 +48,8 @@ def gather_part(x: torch.Tensor, dim: int, index: torch.Tensor, held: Runs, tota
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= total:
             raise IndexError(f"index out of range: it runs from {low} to {high}, the dim has {total} positions")
-    inside, local = _locate(index, held)
-    return x.gather(dim, local).masked_fill(~inside, 0)
+    elsewhere, local = _locate(index, held)
+    return x.gather(dim, local).masked_fill(elsewhere, 0)
 
 
 def grouped_product(
@@ -89,13 +89,18 @@ def _readable(x: torch.Tensor) -> bool:
 
 
 def _locate(index: torch.Tensor, held: Runs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which positions are held here, and where they are among those held (0 for the others)."""
+    """Which positions are held elsewhere, and where the others are among those held here (0 for what is elsewhere)."""
+    if len(held) == 1:
+        ((start, length),) = held
+        local = index - start
+        elsewhere = (local < 0) | (local >= length)
+        return elsewhere, local.masked_fill(elsewhere, 0)
     inside, local, first = torch.zeros_like(index, dtype=torch.bool), torch.zeros_like(index), 0
     for start, length in held:
         here = (index >= start) & (index < start + length)
         inside, local = inside | here, torch.where(here, index - start + first, local)
         first += length
-    return inside, local
+    return ~inside, local
 
 
 def take(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.fx
 from torch import nn
 
+from tpcompile.bindings import bind_directly
 from tpcompile.effects import is_random
 from tpcompile.recomputation import Region, folded, recompute
 
@@ -164,6 +165,7 @@ class Functions:
     def of(self, graph: torch.fx.Graph) -> Callable[..., Any]:
         """``forward(self, ...)`` of the graph, reading parameters from ``self``; regions of it are recomputed."""
         graph = folded(graph, self._recomputed)
+        bind_directly(graph)
         code = graph.python_code("self")
         key = code.src + "".join(f"{k}={id(v)}" for k, v in sorted(code.globals.items()))
         if key not in self._made:
