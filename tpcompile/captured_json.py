@@ -116,11 +116,18 @@ class _Writer:
         self.tensors: list[Any] = []
         self.storages: list[Any] = []
         self.texts: dict[str, int] = {}
+        self._expressions: dict[Any, Any] = {}
         self._tensor_numbers: dict[int, int] = {}
         self._storage_numbers: dict[int, int] = {}
 
     def expression(self, value: Any) -> Any:
-        return _expression(value, self.symbols)
+        """A sympy expression as nested lists, once it is sure that they are read as the same expression."""
+        if value not in self._expressions:
+            stored = _expression(value, self.symbols)
+            if _read_expression(stored, self.symbols) != value:
+                raise NotStorableError(f"the expression {value}")
+            self._expressions[value] = stored
+        return self._expressions[value]
 
     def size(self, n: Any) -> Any:
         return self.expression(n.node.expr) if isinstance(n, torch.SymInt) else int(n)
