@@ -18,7 +18,6 @@ import functools
 import logging
 import operator
 import os
-import platform
 import random
 import re
 import sys
@@ -56,9 +55,8 @@ _HASHES = frozenset({"_original_object_hash"})
 """Attributes that hold a `hash()`, another one in every process (of transformers' GenerationConfig)."""
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
 _NOT_RUN = frozenset(
-    "__repr__ __str__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __del__ __dir__ __doc__ __dict__ __module__ "
-    "__weakref__ __slots__ __annotations__ __init_subclass__ __firstlineno__ __static_attributes__ __annotate__ "
-    "__dataclass_fields__ __dataclass_params__ __abstractmethods__ _abc_impl __parameters__ __orig_bases__ __match_args__ __deepcopy__ __copy__".split()
+    "__repr__ __str__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __del__ __dir__ __deepcopy__ __copy__ "
+    "__init_subclass__".split()
 )
 _DATA = (bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented), range, slice, re.Pattern)
 _TORCH_DATA = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Tag)
@@ -131,9 +129,9 @@ class Fingerprint:
         """Attributes of reached classes that reached code names; whether there are new ones."""
         for owner, done in list(self._classes.items()):
             for name, value in list(vars(owner).items()):
-                special = name.startswith("__") and name.endswith("__") and name not in _CONSTRUCTORS
-                known = special or name in self._names or (name in _CONSTRUCTORS and owner in self._named)
-                if known and name not in done and name not in _NOT_RUN:
+                implicit = name.startswith("__") and name.endswith("__") and name not in _NOT_RUN and _is_code(value)
+                run = owner in self._named if name in _CONSTRUCTORS else implicit
+                if (run or name in self._names) and name not in done:
                     done.add(name)
                     self.reach(f"{_name(owner)}.{name}", value, _is_installed_class(owner))
         return bool(self._work)
@@ -327,6 +325,10 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _is_code(value: Any) -> bool:
+    return isinstance(value, (types.FunctionType, types.MethodType, classmethod, staticmethod, property))
+
+
 def _slots(kind: type) -> Sequence[str]:
     slots = vars(kind).get("__slots__", ())
     return [slots] if isinstance(slots, str) else [n for n in slots if n not in ("__dict__", "__weakref__")]
@@ -465,7 +467,7 @@ def _modes() -> Iterator[tuple[str, object]]:
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         if not (torch._C._len_torch_function_stack() == 1 and torch.get_default_device().type != "cpu"):
             raise NotCacheableError("a torch function mode or dispatch mode is on")
-    yield "versions", [platform.python_implementation(), sys.version, torch.__version__, torch.version.git_version]
+    yield "versions", [sys.implementation.name, sys.version, torch.__version__, torch.version.git_version]
     yield "packages", {n: getattr(sys.modules.get(n), "__version__", None) for n in ("numpy", "sympy", "transformers")}
     yield "optimized", (sys.flags.optimize, __debug__)
     yield "default dtype", torch.get_default_dtype()
