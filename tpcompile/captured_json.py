@@ -51,8 +51,8 @@ _TORCH_EXPRESSIONS = ["Max", "Min", *(name for name in torch_sympy.__all__ if na
 _EXPRESSIONS: dict[str, Callable[..., Any]] = {
     f"sympy.{kind.__name__}": kind
     for kind in (
-        sympy.Add, sympy.Mul, sympy.Pow, sympy.Eq, sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge, sympy.And, sympy.Or,
-        sympy.Not, sympy.floor, sympy.ceiling, sympy.Abs,
+        sympy.Add, sympy.Mul, sympy.Pow, sympy.Eq, sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge, sympy.And,
+        sympy.Or, sympy.Not, sympy.floor, sympy.ceiling, sympy.Abs,
     )
 } | {f"torch.{name}": getattr(torch_sympy, name) for name in _TORCH_EXPRESSIONS}  # fmt: skip
 _EXPRESSION_NAMES: dict[Any, str] = {kind: name for name, kind in _EXPRESSIONS.items()}

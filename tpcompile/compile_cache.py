@@ -75,7 +75,7 @@ def _facts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         return fingerprint(model, args, kwargs)
     except NotCacheableError as reason:
         _log.debug("not cached: %s", reason)
-    except Exception:  # objects of the model may raise anything while they are read
+    except Exception:  # noqa: BLE001  (objects of the model may raise anything while they are read)
         _log.debug("not cached: the model cannot be read", exc_info=True)
     return None
 
@@ -106,7 +106,7 @@ def _load(
     except FileNotFoundError:
         _log.debug("miss: no %s", path)
         return None
-    except Exception as error:  # a damaged entry may fail anywhere
+    except Exception as error:  # noqa: BLE001  (a damaged entry may fail anywhere)
         warnings.warn(
             f"the compile cache's {path} cannot be read ({type(error).__name__}: {error}); it is written again",
             UserWarning,

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
 
-import sympy  # noqa: F401 - counts by its version
+import sympy
 import torch
 import torch.nn.functional
 import torch.utils._pytree as pytree
@@ -55,8 +55,8 @@ _HASHES = frozenset({"_original_object_hash"})
 """Attributes that hold a `hash()`, another one in every process (of transformers' GenerationConfig)."""
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
 _NOT_RUN = frozenset(
-    "__repr__ __str__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __del__ __dir__ __deepcopy__ __copy__ "
-    "__init_subclass__".split()
+    f"__{name}__"
+    for name in ("repr", "str", "reduce", "reduce_ex", "getstate", "setstate", "del", "dir", "deepcopy", "copy")
 )
 _DATA = (bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented), range, slice, re.Pattern)
 _TORCH_DATA = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Tag)
@@ -65,13 +65,13 @@ _SOLID = frozenset({object, dict, list, tuple, set, frozenset, str, int, float, 
 _STATELESS = (
     logging.Logger, logging.Handler, types.MethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType,
     types.WrapperDescriptorType, types.ClassMethodDescriptorType, types.GenericAlias, types.UnionType, typing.TypeVar,
-    typing.ParamSpec, type(typing.Optional), type(typing.Optional[int]), type(typing.Callable), type(typing.Generic[typing.TypeVar("T")]),
+    typing.ParamSpec, *(type(x) for x in (typing.Optional, typing.List[int], typing.Callable)),  # noqa: UP006
     type(threading.Lock()), type(threading.RLock()), torch._ops.OpOverload, torch._ops.OpOverloadPacket,
     torch._ops._OpNamespace, torch._ops._Ops, operator.attrgetter, operator.itemgetter, weakref.ReferenceType,
 )  # fmt: skip
 _MODULE_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_BY_VERSION = [os, *(sys.modules[name] for name in ("torch", "sympy", "numpy", "tpcompile") if name in sys.modules)]
+_BY_VERSION = [os, torch, sympy, *(sys.modules[name] for name in ("numpy", "tpcompile") if name in sys.modules)]
 _TRUSTED = tuple(os.path.join(os.path.dirname(os.path.abspath(m.__file__ or "")), "") for m in _BY_VERSION)
 
 
@@ -79,7 +79,9 @@ def is_trusted(file: str) -> bool:
     """Whether a source file counts by the version of what it belongs to."""
     inside = [folder for folder in _TRUSTED if file.startswith(folder)]
     between = [file[len(folder) :] for folder in inside]
-    return file.startswith("<frozen ") or any(not rest.startswith(("site-packages", "dist-packages")) for rest in between)
+    return file.startswith("<frozen ") or any(
+        not rest.startswith(("site-packages", "dist-packages")) for rest in between
+    )
 
 
 def is_installed(file: str) -> bool:
@@ -207,11 +209,11 @@ class Fingerprint:
                     self.reach(f"{label}.keys[{i}]", key, lenient)
                     self.reach(f"{label}[{key!r}]" if type(key) in (str, int) else f"{label}[{i}]", item, lenient)
             case list() | tuple() | deque():
-                for i, item in enumerate(solid.__iter__(value)):
+                for i, item in enumerate(_items(value)):
                     self.reach(f"{label}[{i}]", item, lenient)
             case set() | frozenset():
                 try:
-                    members = sorted(solid.__iter__(value), key=_member)
+                    members = sorted(_items(value), key=_member)
                 except NotCacheableError as error:
                     self._unreadable(label, f"a set of {error}", lenient)
                     members = []
@@ -332,6 +334,12 @@ def _is_code(value: Any) -> bool:
 def _slots(kind: type) -> Sequence[str]:
     slots = vars(kind).get("__slots__", ())
     return [slots] if isinstance(slots, str) else [n for n in slots if n not in ("__dict__", "__weakref__")]
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of a container, whatever a subclass makes of iterating."""
+    kinds: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
+    return list(next(kind for kind in kinds if isinstance(value, kind)).__iter__(value))
 
 
 def _member(value: Any) -> str:
@@ -464,9 +472,9 @@ def _modes() -> Iterator[tuple[str, object]]:
     hooks = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks)
     if any(hooks) or nn_module._global_backward_pre_hooks:
         raise NotCacheableError("there are hooks on all modules")
-    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-        if not (torch._C._len_torch_function_stack() == 1 and torch.get_default_device().type != "cpu"):
-            raise NotCacheableError("a torch function mode or dispatch mode is on")
+    of_default_device = torch.get_default_device().type != "cpu"  # a mode of torch functions, too
+    if torch._C._len_torch_function_stack() > of_default_device or torch._C._len_torch_dispatch_stack():
+        raise NotCacheableError("a torch function mode or dispatch mode is on")
     yield "versions", [sys.implementation.name, sys.version, torch.__version__, torch.version.git_version]
     yield "packages", {n: getattr(sys.modules.get(n), "__version__", None) for n in ("numpy", "sympy", "transformers")}
     yield "optimized", (sys.flags.optimize, __debug__)
@@ -486,7 +494,7 @@ def _modes() -> Iterator[tuple[str, object]]:
     ]  # fmt: skip
     yield "mkldnn", torch.backends.mkldnn.enabled
     yield "cudnn", torch.backends.cudnn.enabled
-    yield "sizes", symbol_config.get_hash().hex() if isinstance(h := symbol_config.get_hash(), bytes) else h
+    yield "sizes", cast("Any", symbol_config).get_hash()
 
 
 def _example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
