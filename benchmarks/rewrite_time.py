@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "llama-8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -127,12 +127,17 @@ def main() -> None:
         print(f"{name:<13} capture {row['capture_seconds']:6.2f} s  rewrite {row['rewrite_seconds']:5.2f} s  "
               f"peak {row['peak_mb']} MB  second start {row['second_start']['total_seconds']:5.2f} s  "
               f"{row['values']} values  {row['passes']}", flush=True)  # fmt: skip
-    if options.write:
-        command_line = "python benchmarks/rewrite_time.py " + " ".join(sys.argv[1:])
-        RESULTS.parent.mkdir(exist_ok=True)
-        part = RESULTS.with_suffix(".part")
-        part.write_text(json.dumps({"command": command_line, "rows": rows}, indent=2) + "\n")
-        part.replace(RESULTS)
+        if options.write:
+            write(rows)
+
+
+def write(rows: list[dict[str, object]]) -> None:
+    """Record the rows so far, all of them or none."""
+    command = "python benchmarks/rewrite_time.py " + " ".join(sys.argv[1:])
+    RESULTS.parent.mkdir(exist_ok=True)
+    part = RESULTS.with_suffix(".part")
+    part.write_text(json.dumps({"command": command, "rows": rows}, indent=2) + "\n")
+    part.replace(RESULTS)
 
 
 if __name__ == "__main__":

@@ -390,7 +390,7 @@ class Draws(nn.Linear):
 
 def _hooked() -> nn.Module:
     model = nn.Linear(4, 4)
-    model.register_forward_hook(lambda module, args, output: output * 2)
+    model.register_forward_hook(lambda *_: None)
     return model
 
 
