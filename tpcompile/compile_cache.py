@@ -130,16 +130,20 @@ def _changed(document: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _digest(data: bytes) -> str:
+    return sha256(data).hexdigest()
+
+
 def _file_digest(file: str) -> str | None:
     try:
-        return sha256(Path(file).read_bytes()).hexdigest()
+        return _digest(Path(file).read_bytes())
     except OSError:
         return None
 
 
 def _variable_digest(name: str) -> str | None:
     value = os.environ.get(name)
-    return None if value is None else sha256(value.encode(errors="surrogateescape")).hexdigest()
+    return None if value is None else _digest(os.fsencode(value))
 
 
 # ---------------------------------------------------------------- writing
@@ -160,7 +164,7 @@ def _captured(
         files = {*reached, *captured_json.files_of(captured), *_source_files(set(sys.modules) - loaded)}
         document = {
             "files": _digests(files),
-            "environment": {name: _variable_digest(name) for name in sorted(variables)},
+            "environment": _unchanged(variables),
             "warnings": said,
             "captured": captured_json.encode(captured),
         }
@@ -204,16 +208,33 @@ def _generators() -> tuple[Any, ...]:
     return random.getstate(), drawn, torch.get_rng_state().numpy().tobytes()
 
 
+def _unchanged(variables: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Those that the forward does not set itself; torch sets its folder for generated code, which no graph depends on.
+
+    Raises:
+        NotCacheableError: the forward sets a variable that it reads.
+    """
+    changed = {name for name, digest in variables.items() if _variable_digest(name) != digest}
+    if others := changed - {"TORCHINDUCTOR_CACHE_DIR"}:
+        raise NotCacheableError(f"the forward sets ${min(others)}")
+    return {name: digest for name, digest in sorted(variables.items()) if name not in changed}
+
+
 @contextlib.contextmanager
-def _variables_read() -> Generator[set[str]]:
-    """Names of the environment variables that are read while it is entered."""
+def _variables_read() -> Generator[dict[str, str | None]]:
+    """The environment variables that are read while it is entered, with digests of what they were then."""
     kind: Any = type(os.environ)
-    read: set[str] = set()
+    read: dict[str, str | None] = {}
     original = kind.__getitem__
 
-    def recorded(self: Any, name: str) -> str:
-        read.add(name)
-        return original(self, name)
+    def recorded(self: Any, name: str | bytes) -> str | bytes:
+        try:
+            value = original(self, name)
+        except KeyError:
+            read.setdefault(os.fsdecode(name), None)
+            raise
+        read.setdefault(os.fsdecode(name), _digest(os.fsencode(value)))
+        return value
 
     kind.__getitem__ = recorded
     try:

@@ -1,8 +1,8 @@
 """Tracing: torch.export run on a model as it is, and everything that is particular about running it.
 
 Parameters are faked, the model is put back as it was, batch and sequence are dynamic, what a trace would lose or get
-wrong without a word is refused at the model's own line, and errors are retold in a user's words. With `inlining`, the
-only file that touches private parts of torch for capture; tried on torch 2.13.
+wrong without a word is refused at the model's own line, and errors are retold in a user's words. With `inlining`,
+`captured_json` and `fingerprint` all that touches private parts of torch for capture; tried on torch 2.13.
 """
 
 # pyright: reportPrivateUsage=false
