@@ -5,7 +5,8 @@ through globals, closures, defaults, and attributes of that name on every class 
 moment: a monkeypatch is another line. It reaches too much rather than too little. What has a state that cannot be read
 (generators, large tensors, modules hidden in lists) is refused, and then nothing is cached.
 
-Torch, numpy, sympy and Python's own library count by version; what stands in their places from outside does not.
+Torch, numpy, sympy and Python's own library count by version; what stands in their places from outside does not. A
+function of an installed package that knows nothing of torch counts by its code and file, and is followed no further.
 """
 
 # pyright: reportPrivateUsage=false
@@ -241,6 +242,8 @@ class Fingerprint:
         if trusted:
             return
         self.files.add(code.co_filename)
+        if is_installed(code.co_filename) and not _knows_torch(value.__globals__):
+            return
         self.reach(f"{name}.__defaults__", value.__defaults__, installed)
         self.reach(f"{name}.__kwdefaults__", value.__kwdefaults__, installed)
         names = _code_names(code)
@@ -329,6 +332,17 @@ def _name(kind: type) -> str:
 
 def _is_code(value: Any) -> bool:
     return isinstance(value, (types.FunctionType, types.MethodType, classmethod, staticmethod, property))
+
+
+def _knows_torch(table: dict[str, Any]) -> bool:
+    """Whether a module names anything of torch; what an installed one without it calls (downloads, locks) is no part
+    of a forward, and its state is another one in every process."""
+    return any(_from_torch(value) for value in list(table.values()))
+
+
+def _from_torch(value: Any) -> bool:
+    home = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    return isinstance(home, str) and home.partition(".")[0] == "torch"
 
 
 def _slots(kind: type) -> Sequence[str]:
