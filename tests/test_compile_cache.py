@@ -536,7 +536,7 @@ logging.basicConfig()
 logging.getLogger("tpcompile.compile_cache").setLevel(logging.DEBUG)
 import torch, zoo
 import tpcompile
-print(tpcompile.rewrite(zoo.build("mlp", 2), degree=2, example_inputs=zoo.inputs("mlp")).text())
+print(tpcompile.rewrite(zoo.build("llama_gqa", 1), degree=2, example_inputs=zoo.inputs("llama_gqa")).text())
 """
 
 
