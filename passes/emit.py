@@ -37,7 +37,7 @@ from tpcompile.layout import (
 from tpcompile.localize import LocalCall, per_rank
 from tpcompile.passes.place import needs_grad
 from tpcompile.placement import Placement, cut_as, uncut
-from tpcompile.program import Program, Row, where
+from tpcompile.program import Program, Row, module_of, where
 from tpcompile.rules import RULES, op_name
 
 _NAMES = "linear mm addmm bmm layer_norm rms_norm embedding contiguous native_layer_norm"
@@ -77,7 +77,7 @@ class _Emitter:
                 self._birth(node, made, row)
             if node.op == "call_function" and is_inplace(node):
                 self._forget(node)
-        module = torch.fx.GraphModule(self.program.graph_module, self.graph)
+        module = module_of(self.program.graph_module, self.graph)
         return self.program.with_(graph_module=module, emitted=True)
 
     # ------------------------------------------------------------------------------------------------ one node

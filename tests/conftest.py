@@ -16,6 +16,9 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+os.environ["TPCOMPILE_CACHE"] = "off"  # tests compile; those of the cache have directories of their own
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     help = "write the texts that tests get into tests/golden; read what changed before you commit it"
     parser.addoption("--update-goldens", action="store_true", help=help)

@@ -360,7 +360,7 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
 
     tensors = [caches.whole_example(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
     names, autocast = Names.of(model), _autocast_state()
-    shells = caches.shells(dict(_named(signature, args, kwargs)))
+    shells = shells_of(model, args, kwargs)
 
     def traced(fixed: Collection[tuple[int, int]]) -> tuple[Trace, Inliner, fx.GraphModule]:
         found = trace(model, tensors, paths, rebuild, fixed)
@@ -393,6 +393,11 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         _ranges=found.ranges(),
         _shells=shells,
     )
+
+
+def shells_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, caches.Shell]:
+    """The shells of the caches in a call, by argument."""
+    return caches.shells(dict(_named(inspect.signature(model.forward), args, kwargs)))
 
 
 def _takes_inputs(model: nn.Module) -> bool:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from tpcompile.caches import Cut, cut_of
-from tpcompile.capture import Captured, capture
+from tpcompile.capture import Captured
+from tpcompile.compile_cache import cached_capture
 from tpcompile.errors import ShardingError, SpecError
 from tpcompile.models import default_inputs
 from tpcompile.passes import PIPELINE
@@ -57,7 +58,7 @@ def rewrite(
     with warnings.catch_warnings():
         if asked.recompute is not None:  # asked for here instead
             warnings.filterwarnings("ignore", ".*gradient checkpointing is not part of the captured graph")
-        captured = capture(model, args, kwargs)
+        captured = cached_capture(model, args, kwargs)
     seconds = time.perf_counter() - start
     return rewrite_captured(captured, chosen, model, degree, (args, kwargs), pipeline, seconds, asked)
 

@@ -494,10 +494,10 @@ def rewrite_call(
     model: nn.Module, spec: Spec, degree: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
 ) -> Program:
     """The program for one call, positional and keyword arguments as they come."""
-    from tpcompile.capture import capture
+    from tpcompile.compile_cache import cached_capture
     from tpcompile.compiler import rewrite_captured
 
-    captured = capture(model, args, kwargs)
+    captured = cached_capture(model, args, kwargs)
     return rewrite_captured(captured, spec, model, degree, (args, kwargs), options=options)
 
 

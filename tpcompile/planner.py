@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tpcompile.aliasing import VIEWS
-from tpcompile.capture import Captured, capture
+from tpcompile.capture import Captured
+from tpcompile.compile_cache import cached_capture
 from tpcompile.errors import ShardingError, Where
 from tpcompile.globs import fold
 from tpcompile.layout import axes_of
@@ -63,7 +64,7 @@ def plan(model: nn.Module, degree: int, example_inputs: Mapping[str, Any] | Sequ
 
     check_degree(degree)
     args, kwargs = call_arguments(model, example_inputs)
-    return plan_captured(capture(model, args, kwargs), degree, (args, kwargs))
+    return plan_captured(cached_capture(model, args, kwargs), degree, (args, kwargs))
 
 
 def plan_captured(captured: Captured, degree: int, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> Spec:

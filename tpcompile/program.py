@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import sympy
 import torch
 import torch.fx
+from torch.fx._lazy_graph_module import (
+    _LazyGraphModule,  # pyright: ignore[reportPrivateUsage]
+)
 
 from tpcompile.caches import Cut as CacheCut
 from tpcompile.capture import Captured
@@ -259,7 +262,15 @@ def copy_graph(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, torc
     mapping: dict[torch.fx.Node, torch.fx.Node] = {}
     for node in module.graph.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    return torch.fx.GraphModule(module, graph), graph
+    return module_of(module, graph), graph
+
+
+def module_of(module: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A module of ``graph`` with the attributes of ``module``; its code is made when it is first called.
+
+    Most graphs between passes are never called, and to make their code took half of the time of the rewriting.
+    """
+    return _LazyGraphModule(module, graph)
 
 
 def where(node: torch.fx.Node) -> Where:
@@ -281,5 +292,6 @@ __all__ = [
     "Row",
     "Structure",
     "copy_graph",
+    "module_of",
     "where",
 ]

@@ -1,8 +1,8 @@
 """Tracing: torch.export run on a model as it is, and everything that is particular about running it.
 
 Parameters are faked, the model is put back as it was, batch and sequence are dynamic, what a trace would lose or get
-wrong without a word is refused at the model's own line, and errors are retold in a user's words. With `inlining`, the
-only file that touches private parts of torch for capture; tried on torch 2.13.
+wrong without a word is refused at the model's own line, and errors are retold in a user's words. With `inlining`,
+`captured_json` and `fingerprint` all that touches private parts of torch for capture; tried on torch 2.13.
 """
 
 # pyright: reportPrivateUsage=false
@@ -662,15 +662,18 @@ def _branch_guards(model: nn.Module, trace: Trace, rebuild: Rebuild) -> tuple[Gu
         if isinstance(now := trace.env.replace(symbol), sympy.Symbol):
             places.setdefault(now, []).append(place)
     usual = {symbol: sympy.Integer(trace.examples[i].shape[dim]) for symbol, [(i, dim), *_] in places.items()}
-    calls: dict[frozenset[sympy.Basic], list[Any] | None] = {}
 
+    @functools.cache
     def called(ones: frozenset[sympy.Basic]) -> list[Any] | None:
-        if ones not in calls:
-            small = list(trace.examples)
-            for i, dim in (place for symbol in ones for place in places[symbol]):
-                small[i] = small[i].narrow(dim, 0, 1)
-            calls[ones] = _calls(model, small, rebuild)
-        return calls[ones]
+        small = list(trace.examples)
+        for i, dim in (place for symbol in ones for place in places[symbol]):
+            small[i] = small[i].narrow(dim, 0, 1)
+        return _calls(model, small, rebuild)
+
+    @functools.cache
+    def harmless(ones: frozenset[sympy.Basic]) -> bool:
+        step = math.gcd(*(int(usual[symbol]) - 1 for symbol in ones))
+        return _same_calls(called(frozenset()), called(ones), step)
 
     guards: dict[sympy.Basic, Guard] = {}
     for recorded, taken, where in trace.branches:
@@ -680,11 +683,9 @@ def _branch_guards(model: nn.Module, trace: Trace, rebuild: Rebuild) -> tuple[Gu
             continue
         for ones in {*(frozenset([symbol]) for symbol in symbols), frozenset(symbols)}:
             at_one = usual | dict.fromkeys(ones, sympy.Integer(1))
-            if condition.xreplace(at_one) != sympy.sympify(taken):
-                step = math.gcd(*(int(usual[symbol]) - 1 for symbol in ones))
-                if not _same_calls(called(frozenset()), called(ones), step):
-                    holds = condition if taken else sympy.Not(condition)
-                    guards.setdefault(holds, Guard(holds, where, branch=True))
+            if condition.xreplace(at_one) != sympy.sympify(taken) and not harmless(ones):
+                holds = condition if taken else sympy.Not(condition)
+                guards.setdefault(holds, Guard(holds, where, branch=True))
     return tuple(guards.values())
 
 
