@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import pickle
 import re
@@ -203,6 +204,7 @@ def _rank(folder: str, rank: int, ranks: int, timeout: float, gpus: bool) -> Non
     _write(Path(folder) / f"result{rank}", result)
     sys.stdout.flush()
     sys.stderr.flush()
+    multiprocessing.util._run_finalizers()  # pyright: ignore[reportAttributeAccessIssue]  # locks of progress bars
     os._exit(0)  # threads of the backend may still run: an interpreter that is taken down under them can abort
 
 
