@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -21,6 +22,7 @@ from tpcompile import caches
 from tpcompile.answering import Settings, answering
 from tpcompile.capture import capture
 from tpcompile.cli import app
+from tpcompile.compile_cache import cached_capture
 from tpcompile.errors import CaptureError, TpcompileError
 
 SIZES: dict[str, Any] = {
@@ -274,6 +276,24 @@ def test_lengths_that_depend_on_one_another_get_hints() -> None:
         given = {x.path: x for x in captured.inputs}
         assert given["attention_mask"].dynamic[1] is dynamic
         assert all(hint > 1000 for hint in captured.hints.values())
+
+
+def test_a_checkpoint_brings_its_generation_config(group: None, tmp_path: Path) -> None:
+    model = build("llama")
+    first = int(model.generate(**prompt(1), max_new_tokens=1, do_sample=False)[0, -1])
+    model.generation_config.eos_token_id = first
+    model.save_pretrained(tmp_path)
+    found = tpcompile.from_pretrained(tmp_path).generate(**prompt(1), max_new_tokens=STEPS, do_sample=False)
+    assert found.shape == (1, 8)  # it ends at once
+    assert int(found[0, -1]) == first
+
+
+def test_captures_with_caches_are_not_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPCOMPILE_CACHE", str(tmp_path))
+    model, ids = build("llama"), prompt(1)["input_ids"]
+    for kwargs, files in (({"past_key_values": CACHES["empty"]()}, 0), ({"use_cache": False}, 1)):
+        cached_capture(model, (), {"input_ids": ids, **kwargs})
+        assert len([*tmp_path.glob("*.json.gz")]) == files
 
 
 def test_what_cannot_generate_says_so(group: None) -> None:

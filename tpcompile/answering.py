@@ -13,12 +13,14 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from tpcompile.collectives import group_device, resolve_group
 from tpcompile.errors import TpcompileError
 from tpcompile.launch import launch
 
@@ -120,9 +122,13 @@ def _next(store: TCPStore, key: str) -> Any:
 
 
 def _compiled(model: str, spec: str | None) -> Any:
+    """Each rank reads its own parts of the files where that is possible."""
     import tpcompile
     from tpcompile.models import load
 
+    path = Path(model.removeprefix("hf:"))
+    if path.exists() and group_device(resolve_group(None)).type == "cpu":
+        return tpcompile.from_pretrained(path, spec)
     return tpcompile.compile(load(model, weights=True).model, spec)
 
 

@@ -41,6 +41,7 @@ from torch import nn
 from torch.fx.experimental import _config as symbol_config
 from torch.nn.modules import module as nn_module
 
+from tpcompile.caches import shells
 from tpcompile.capture import _autocast_state
 from tpcompile.tracing import PLAIN, flattened
 
@@ -513,6 +514,8 @@ def _modes() -> Iterator[tuple[str, object]]:
 
 def _example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     leaves, spec = flattened((args, dict(kwargs)))
+    if shells({"call": (args, dict(kwargs))}):
+        raise NotCacheableError("an argument is a cache of keys and values")
     yield "call", spec
     for path, leaf in pytree.tree_leaves_with_path((args, dict(kwargs))):
         if isinstance(leaf, torch.Tensor):

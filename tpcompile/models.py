@@ -168,6 +168,8 @@ def without_weights(directory: Path, dtype: torch.dtype | None, stored: torch.dt
         with torch.random.fork_rng(devices=[]), _default_dtype(kept), _parameters_on_meta():
             torch.manual_seed(SEED)
             model: Any = cls(config)
+        if (directory / "generation_config.json").exists() and model.can_generate():
+            model.generation_config = _transformers().GenerationConfig.from_pretrained(text, local_files_only=True)
         if plan := model._get_dtype_plan(kept):
             loading: Any = importlib.import_module("transformers.core_model_loading")
             pattern, group_names, _ = loading.build_glob_alternation(list(plan))
