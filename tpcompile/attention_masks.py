@@ -121,7 +121,7 @@ def _keeps_counting(node: fx.Node) -> bool:
         return not node.kwargs and isinstance(_value(node.args[1]), int | torch.SymInt)
     if node.target in _PARTS:
         dim: Any = node.args[1] if len(node.args) > 1 else 0
-        return dim % given.dim() != given.dim() - 1 or node.target is aten.slice.Tensor and _unsliced(given, made)
+        return dim % given.dim() != given.dim() - 1 or (node.target is aten.slice.Tensor and _unsliced(given, made))
     return node.target in _VIEWS and _unsliced(given, made)
 
 
