@@ -65,7 +65,7 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "gpt2": _causal("gpt2", n_embd=48, n_layer=2, n_head=6, vocab_size=96),
     "mistral": _causal("mistral", **SIZES, **SLIDING),
     "gemma3": _causal("gemma3_text", **SIZES, **SLIDING),
-    "mixtral": _causal("mixtral", **SIZES, num_local_experts=4),
+    "mixtral": _causal("mixtral", **SIZES, num_local_experts=4, experts_implementation="batched_mm"),
     "mamba2": _causal("mamba2", hidden_size=48, num_heads=6, head_dim=16, n_groups=2, state_size=16,
                       num_hidden_layers=2, vocab_size=96),
     "t5": _t5,
@@ -163,7 +163,7 @@ def test_families_generate(name: str, degree: int) -> None:
     ways = ("greedy", "beams", "static", "without a cache")
     if name in ("mamba2", "t5", "bart"):  # no static cache, or not of these lengths
         ways = ("greedy", "beams") if name != "mamba2" else ("greedy",)
-    for answer in run(generated, degree, (name, ways), timeout=800):
+    for answer in run(generated, degree, name, ways, timeout=800):
         assert all(answer.values()), answer
 
 

@@ -45,7 +45,7 @@ from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from tpcompile import caches
+from tpcompile import attention_masks, caches
 from tpcompile.errors import CaptureError, Where
 
 PLAIN = bool | int | float | complex | str | torch.dtype | torch.device | torch.memory_format | torch.layout | None
@@ -80,6 +80,7 @@ class Trace:
     asked: list[set[int]]  # per input, the dims that were to be dynamic
     branches: list[tuple[sympy.Basic, bool, Where | None]] = field(default_factory=list)  # of the model's Python code
     outputs: list[Any] = field(default_factory=list)  # per output leaf: `TRACED`, or the constant it is
+    masks: list[bool] = field(default_factory=list[bool])  # which attention masks were left out, in order
     functions: list[_FunctionCall] = field(default_factory=list)  # calls of torch.autograd.Function classes
     state: set[str] = field(default_factory=lambda: set[str]())  # module attributes that forward sets
     guards: tuple[Guard, ...] = ()
@@ -191,7 +192,8 @@ def _traced(
         _fake(model, mode, lambda tensor: tensor.is_meta or isinstance(tensor, FakeTensor))
         before = _public_state(model)
         flat = _Flat(model, rebuild, trace)
-        trace.program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
+        with attention_masks.as_in_eager(trace.masks):
+            trace.program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
         after = _public_state(model)
     _refuse_functions(trace.functions)
     trace.state |= {name for name, held in after.items() if not _identical(held, before.get(name))}
@@ -668,7 +670,7 @@ def _branch_guards(model: nn.Module, trace: Trace, rebuild: Rebuild) -> tuple[Gu
         small = list(trace.examples)
         for i, dim in (place for symbol in ones for place in places[symbol]):
             small[i] = small[i].narrow(dim, 0, 1)
-        return _calls(model, small, rebuild)
+        return _calls(model, small, rebuild, trace.masks)
 
     @functools.cache
     def harmless(ones: frozenset[sympy.Basic]) -> bool:
@@ -697,11 +699,16 @@ def _same_calls(usual: list[Any] | None, single: list[Any] | None, step: int) ->
 
 
 def _alike(a: Any, b: Any, step: int) -> bool:
+    if a is _EITHER or b is _EITHER:
+        return True
     if type(a) is not type(b):
         return False
     if isinstance(a, slice):
         return all(_alike(x, y, step) for x, y in ((a.start, b.start), (a.stop, b.stop), (a.step, b.step)))
     return a is b or a == b or (type(a) is int and (a - b) % step == 0)
+
+
+_EITHER = object()  # stands for an argument that changes nothing
 
 
 class _CallLog(TorchFunctionMode):
@@ -716,12 +723,20 @@ class _CallLog(TorchFunctionMode):
     ) -> Any:
         name = str(getattr(func, "__name__", func))
         if name not in ("__get__", "size", "dim", "expand", "expand_as"):  # what reads a tensor, or only repeats it
-            leaves = pytree.tree_leaves((args, kwargs))
+            logged = kwargs or {}
+            if name == "scaled_dot_product_attention" and "is_causal" in logged and _one_to_one(*args, **logged):
+                logged = {**logged, "is_causal": _EITHER}
+            leaves = pytree.tree_leaves((args, logged))
             self.calls += [name, *("tensor" if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)]
         return func(*args, **kwargs or {})
 
 
-def _calls(model: nn.Module, examples: list[torch.Tensor], rebuild: Rebuild) -> list[Any] | None:
+def _one_to_one(query: torch.Tensor, key: torch.Tensor, *_: Any, **kwargs: Any) -> bool:
+    """Whether attention is of one query to one key, which a causal mask leaves as it is."""
+    return query.shape[-2] == key.shape[-2] == 1
+
+
+def _calls(model: nn.Module, examples: list[torch.Tensor], rebuild: Rebuild, masks: list[bool]) -> list[Any] | None:
     """The calls of one run on fake tensors of exactly these sizes; None where that run fails."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     log = _CallLog()
@@ -731,7 +746,7 @@ def _calls(model: nn.Module, examples: list[torch.Tensor], rebuild: Rebuild) -> 
         _fake(model, mode, lambda tensor: True)
         args, kwargs = rebuild([mode.from_tensor(_example(example)) for example in examples])
         try:
-            with mode, log:
+            with mode, log, attention_masks.as_in_eager(masks, again=True):
                 caches.call(model, args, kwargs)
         except Exception:  # noqa: BLE001  (whatever the model raises at a size that it does not take)
             return None
