@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils._pytree as pytree
 import transformers
 import zoo
 from distributed import run
@@ -216,6 +217,21 @@ def test_a_cache_apart_and_together(kind: str) -> None:
         extra = torch.randn(2, 3, 1, 8)
         for one, other in zip(cache.update(extra, extra, 1), again.update(extra, extra, 1), strict=True):
             assert torch.equal(one, other)
+
+
+def test_calls_without_caches_are_passed_on_and_others_taken_apart() -> None:
+    x, cache = torch.ones(2), CACHES["dynamic"]()
+    plain = ((x, [x, None]), {"labels": None, "scale": 2.0})
+    args, kwargs, live = caches.taken_apart(*plain)
+    assert (args is plain[0], kwargs is plain[1], live) == (True, True, [])
+    args, kwargs, live = caches.taken_apart((x, [cache]), {"labels": None})
+    assert isinstance(args[1][0], caches.Packed)
+    assert live[0] is cache
+    for result in ({"loss": x}, {"loss": x, "cache": caches.pack(cache)}):
+        outputs, spec = pytree.tree_flatten(result)
+        found = caches.restores(spec)(outputs, [])
+        assert found["loss"] is x
+        assert "cache" not in result or isinstance(found["cache"], type(cache))
 
 
 def test_a_static_cache_is_not_copied_to_be_written() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.nn.utils.parametrize import register_parametrization
 
 from tpcompile import layers as layers_file
 from tpcompile.capture import Captured, capture
-from tpcompile.layers import Functions, Layer, install, module_at, nest, repeated_layers
+from tpcompile.layers import Functions, Layer, call_layer, install, module_at, nest, repeated_layers, tensor_at
 from tpcompile.module import bind
 
 # Where the layers are.
@@ -150,7 +153,7 @@ def test_the_code_of_a_layer_can_be_read() -> None:
     (_, function), *_ = calls_of(zoo.case("gpt2", 3, True).captured)
     source = inspect.getsource(function)
     assert source.lstrip().startswith("def forward(self, input_0")
-    assert "self.attn.c_attn.weight" in source
+    assert "'attn.c_attn.weight'" in source
     assert "transformer" not in source
 
 
@@ -298,3 +301,78 @@ def test_what_lies_inside_a_layer_moves_in_front_of_it_only_if_that_changes_noth
     between: Callable[[fx.Graph, fx.Node, fx.Node], fx.Node], calls: Sequence[str]
 ) -> None:
     assert shape(graph(between)) == calls
+
+
+# How the code finds tensors.
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_tensors_are_those_that_the_module_has_now() -> None:
+    root = nn.Module()
+    at = module_at(root, "a.h.0", ())
+    at.register_parameter("weight", nn.Parameter(torch.ones(2)))
+    at.register_buffer("bias", torch.zeros(2))
+    assert tensor_at(root, "a.h.0.weight") is at.weight
+    assert tensor_at(root, "a.h.0.bias") is at.bias
+
+    before, at.weight = at.weight, nn.Parameter(torch.full((2,), 3.0))
+    assert tensor_at(root, "a.h.0.weight") is at.weight
+    assert at.weight is not before
+    given = torch.full((2,), 4.0)
+    swapped = functional_call(Reads(root), {"root.a.h.0.weight": given}, ("a.h.0.weight",))
+    assert swapped is given
+    assert tensor_at(copy.deepcopy(root), "a.h.0.weight") is not at.weight
+
+    register_parametrization(at, "weight", Doubled())
+    assert torch.equal(tensor_at(root, "a.h.0.weight"), torch.full((2,), 6.0))
+    del at.bias
+    at.bias = given  # a plain attribute
+    assert tensor_at(root, "a.h.0.bias") is given
+    with pytest.raises(AttributeError, match="scale"):
+        tensor_at(root, "a.h.0.scale")
+
+
+class Reads(nn.Module):
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.root = root
+
+    def forward(self, name: str) -> Tensor:
+        return tensor_at(self.root, name)
+
+
+class Transparent(nn.Module):
+    """A wrapper that has what it wraps only as attributes, as those of checkpointing do."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inside, name)
+
+    def forward(self, *args: Any) -> Any:
+        return self.inside(*args)
+
+
+def test_what_is_behind_wrappers_is_found_and_hooks_of_layers_run() -> None:
+    root = nn.Module()
+    layer = module_at(root, "a.h", {"a.h"})
+    assert isinstance(layer, Layer)
+    layer.register_parameter("weight", nn.Parameter(torch.ones(2)))
+    layer.calls.append(lambda module, x: x * tensor_at(module, "weight"))
+    calls: list[Any] = []
+    layer.register_forward_hook(lambda module, args, output: calls.append(args))
+    for wrapped in (False, True):
+        if wrapped:
+            root.a = Transparent(root.get_submodule("a"))
+        assert torch.equal(call_layer(root, "a.h", 0, torch.full((2,), 5.0)), torch.full((2,), 5.0))
+        assert tensor_at(root, "a.h.weight") is layer.weight
+        assert len(calls) == 1 + wrapped

@@ -29,6 +29,7 @@ BINDINGS: Mapping[object, Callable[..., Any]] = {
     **_of(torch, "add.Tensor sub.Tensor mul.Tensor div.Tensor pow.Tensor_Scalar neg exp log rsqrt tanh sigmoid relu"),
     **_of(torch, "mm bmm addmm matmul layer_norm rms_norm softmax.int dropout embedding mean.dim"),
     **_of(torch, "sum.dim_IntList cat transpose.int unsqueeze squeeze.dim reshape detach masked_fill.Scalar"),
+    **_of(torch, "cos sin cumsum eq.Tensor ne.Scalar le.Tensor"),
     **_of(torch.Tensor, "view expand permute contiguous"),
     **_of(_nn, "linear gelu silu scaled_dot_product_attention"),
 }

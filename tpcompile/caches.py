@@ -21,6 +21,7 @@ from tpcompile.layout import Layout, size
 COUNTS = ("cumulative_length", "cumulative_length_int")
 """Attributes of cache layers that count tokens in Python."""
 _DERIVED = "batch_size"  # of a static layer: that of its keys
+_PLAIN = (torch.Tensor, bool, int, float, str)  # what is neither a cache nor holds one
 _CUT = "tensor_parallel_cut"  # attribute of a tensor or a layer: which dims are cut, and how
 
 Path = tuple[str | int, ...]
@@ -262,11 +263,17 @@ def packed(value: Any) -> Any:
     return pytree.tree_unflatten([pack(x) if is_cache(x) else x for x in leaves], spec)
 
 
-def caches_in(value: Any) -> list[Any]:
-    """The caches of a nested value, in order."""
-    if "transformers.cache_utils" not in sys.modules:
-        return []
-    return [x for x in pytree.tree_leaves(value, is_leaf=is_cache) if is_cache(x)]
+def taken_apart(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any], list[Any]]:
+    """The arguments of a call with its caches taken apart; and these caches, in order."""
+    if all(value is None or isinstance(value, _PLAIN) for value in (*args, *kwargs.values())):
+        return args, kwargs, []
+    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
+    live = [x for x in leaves if is_cache(x)]
+    if not live:
+        return args, kwargs, []
+    return *pytree.tree_unflatten([pack(x) if is_cache(x) else x for x in leaves], spec), live
 
 
 def _is_packed(value: Any) -> bool:
@@ -317,6 +324,15 @@ def returned(value: Any, live: Sequence[Any] = ()) -> Any:
     return pytree.tree_unflatten(opened, spec)
 
 
+def restores(spec: pytree.TreeSpec) -> Callable[[Sequence[Any], Sequence[Any]], Any]:
+    """From the flat outputs of a call to its result, as :func:`returned` gives it; ``spec`` is looked through once."""
+    parts = (Packed, Given, Changed)
+    sample = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    if any(isinstance(x, parts) for x in pytree.tree_leaves(sample, is_leaf=lambda x: isinstance(x, parts))):
+        return lambda outputs, live: returned(pytree.tree_unflatten(list(outputs), spec), live)
+    return lambda outputs, live: pytree.tree_unflatten(list(outputs), spec)
+
+
 def shells(arguments: Mapping[str, Any]) -> dict[str, Shell]:
     """The shells of the caches among a call's arguments, by where they are."""
     found: dict[str, Shell] = {}
@@ -337,7 +353,6 @@ __all__ = [
     "Changed",
     "Cut",
     "Packed",
-    "caches_in",
     "call",
     "closed",
     "cut_of",
@@ -346,8 +361,10 @@ __all__ = [
     "opened",
     "packed",
     "resident",
+    "restores",
     "returned",
     "shells",
+    "taken_apart",
     "whole_example",
     "whole_shape",
 ]

@@ -221,16 +221,17 @@ _resolve_process_group: Callable[[str], dist.ProcessGroup] = getattr(c10d, "_res
 
 def resolve_group(group: str | dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The process group of that name; None is the one of all ranks. Raises TpcompileError if there is none."""
-    if isinstance(group, dist.ProcessGroup):
-        return group
     why = "torch.distributed has no process group yet"
-    if dist.is_initialized():
-        if group is None:
-            return cast("dist.ProcessGroup", dist.group.WORLD)
+    if isinstance(group, str):  # first: it is asked at every collective
         try:
             return _resolve_process_group(group)
         except (RuntimeError, LookupError, ValueError) as error:
-            why = (str(error).splitlines() or ["torch.distributed does not know it"])[0]
+            if dist.is_initialized():
+                why = (str(error).splitlines() or ["torch.distributed does not know it"])[0]
+    elif group is not None:
+        return group
+    elif dist.is_initialized():
+        return cast("dist.ProcessGroup", dist.group.WORLD)
     raise TpcompileError(
         f"there is no process group {group!r}" if group else "there is no process group",
         why=why,

@@ -165,6 +165,7 @@ class Functions:
     def of(self, graph: torch.fx.Graph) -> Callable[..., Any]:
         """``forward(self, ...)`` of the graph, reading parameters from ``self``; regions of it are recomputed."""
         graph = folded(graph, self._recomputed)
+        _look_up_directly(graph)
         bind_directly(graph)
         code = graph.python_code("self")
         key = code.src + "".join(f"{k}={id(v)}" for k, v in sorted(code.globals.items()))
@@ -187,6 +188,44 @@ class Functions:
 
             self._again[key] = recomputed
         return self._again[key]
+
+
+def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer at a dotted name, as it is now.
+
+    ``nn.Module.__getattr__``, which is asked for every part of the name otherwise, takes as long as a small kernel.
+    """
+    *path, last = name.split(".")
+    at: Any = module
+    try:
+        for part in path:
+            at = at._modules[part]
+        return at._parameters[last] if last in at._parameters else at._buffers[last]
+    except KeyError:  # parametrized, pruned, behind a wrapper: whatever else the attribute may be
+        return getattr(module.get_submodule(".".join(path)), last)
+
+
+def call_layer(module: nn.Module, path: str, *args: Any) -> Any:
+    """Call the layer at a dotted path, found as :func:`tensor_at` finds tensors."""
+    at: Any = module
+    try:
+        for part in path.split("."):
+            at = at._modules[part]
+    except KeyError:
+        at = module.get_submodule(path)
+    return at(*args)
+
+
+def _look_up_directly(graph: torch.fx.Graph) -> None:
+    """Use :func:`tensor_at` and :func:`call_layer` for what ``graph`` asks of its module, in place."""
+    found = [node for node in graph.nodes if node.op in ("get_attr", "call_module")]
+    if not found:
+        return
+    with graph.inserting_before(next(iter(graph.nodes))):
+        module = graph.placeholder("self")
+    for node in found:
+        function = tensor_at if node.op == "get_attr" else call_layer
+        node.op, node.target, node.args = "call_function", function, (module, str(node.target), *node.args)
 
 
 def read_outside(graph: torch.fx.Graph, layers: frozenset[str]) -> list[str]:
@@ -230,6 +269,7 @@ def install(
 __all__ = [
     "Functions",
     "Layer",
+    "call_layer",
     "install",
     "layer_graph",
     "module_at",
@@ -237,4 +277,5 @@ __all__ = [
     "read_outside",
     "repeated_layers",
     "segments",
+    "tensor_at",
 ]

@@ -10,6 +10,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Unpack, cast
 
@@ -20,7 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile import shards
-from tpcompile.caches import Cut, caches_in, cut_of, mark_cut, packed
+from tpcompile.caches import Cut, cut_of, mark_cut, restores, taken_apart
 from tpcompile.capture import outside_autocast
 from tpcompile.collectives import group_device, resolve_group, transition_of
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, held_parts, rewrite
@@ -29,7 +30,7 @@ from tpcompile.equivalence import check_capture
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.generation import generate, part_of
 from tpcompile.launch import check_same_program
-from tpcompile.layers import Functions, install, module_at, read_outside, repeated_layers
+from tpcompile.layers import Functions, install, module_at, read_outside, repeated_layers, tensor_at
 from tpcompile.layout import Layout, Mesh, axes_of
 from tpcompile.per_rank import resolve
 from tpcompile.placement import Placement
@@ -161,6 +162,7 @@ class _Variant:
     accepts: Accepts  # what torch.compile asks
     cuts: Mapping[int, Cut]  # flat outputs of which a rank holds a part: tensors of caches
     part: str | None  # the method that returns the part of the model that this is; None: the whole
+    restore: Callable[[Sequence[Any], Sequence[Any]], Any]  # the model's own outputs, from flat ones and the caches
 
     def run(self, module: nn.Module, *tensors: torch.Tensor) -> Any:
         """Flat outputs of the code, which has the casts of autocast in it."""
@@ -279,6 +281,7 @@ class TensorParallel(nn.Module):
             accepts(program.captured),
             cache_cuts(program),
             part,
+            restores(program.captured.out_spec),
         )
         self._variants.append(variant)
         return variant
@@ -377,8 +380,7 @@ class TensorParallel(nn.Module):
         if is_due(self._calls):
             check_same_call(args, kwargs, self.training, self._group)
         self._calls += 1
-        live = caches_in((args, kwargs))
-        args, kwargs = packed((args, kwargs))
+        args, kwargs, live = taken_apart(args, kwargs)
         variant, flat = self._variant_for(args, kwargs, part)
         if variant not in self._called:
             check_same_inputs(flat, self._group)
@@ -386,27 +388,29 @@ class TensorParallel(nn.Module):
         if variant.random:
             self._check_generators()
         self._check_held(variant)
-        return variant.program.captured.unflatten(variant.run(self, *flat), live)
+        return variant.restore(variant.run(self, *flat), live)
 
     def _check_held(self, variant: _Variant) -> None:
         """Refuse what ``fully_shard`` may have made of parameters and the graph does not know."""
         for name in variant.outside:
-            path, _, last = name.rpartition(".")
-            if is_dtensor(getattr(self.get_submodule(path), last)):
+            if is_dtensor(tensor_at(self, name)):
                 raise TpcompileError(
                     f"fully_shard has divided {name}, which is read outside of its layer",
                     why="FSDP2 gathers a layer's parameters only while the layer runs",
                     help="compile with per_layer=True, or apply fully_shard to the whole module alone",
                 )
-        for name, parameter in self.named_parameters():
-            wanted = variant.program.captured.parameters.get(self._names.get(name, name))
-            if wanted is not None and wanted.dtype != parameter.dtype:
-                raise TpcompileError(
-                    f"parameter {name} is {parameter.dtype}, and was compiled as {wanted.dtype}",
-                    why="dtypes are part of the captured graph; a MixedPrecisionPolicy of fully_shard changes them",
-                    help="use a policy without param_dtype, and convert the model before it is compiled",
-                )
-            break  # one tells: a policy's dtype is that of all parameters of the root
+        name = self._first_parameter  # one tells: a policy's dtype is that of all parameters of the root
+        wanted = variant.program.captured.parameters.get(self._names.get(name, name))
+        if wanted is not None and wanted.dtype != (now := tensor_at(self, name).dtype):
+            raise TpcompileError(
+                f"parameter {name} is {now}, and was compiled as {wanted.dtype}",
+                why="dtypes are part of the captured graph; a MixedPrecisionPolicy of fully_shard changes them",
+                help="use a policy without param_dtype, and convert the model before it is compiled",
+            )
+
+    @cached_property
+    def _first_parameter(self) -> str:
+        return next((name for name, _ in self.named_parameters()), "")
 
     def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """``forward`` as torch.compile traces it: the graph alone, where there is one for this call."""
