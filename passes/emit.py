@@ -439,7 +439,6 @@ class _Emitter:
 
     def _output(self, node: torch.fx.Node) -> None:
         """Outputs are gathered, but for what stays where it is: tensors of caches, and logits if that is asked for."""
-        caches = self.program.captured.cache_outputs()
 
         def leave(index: int, value: Any) -> Any:
             if isinstance(value, torch.fx.Node) and value.name in self.program.table:
@@ -447,7 +446,7 @@ class _Emitter:
                 have = self.program.table[value.name].settled[0]
                 last = have.dims[-1:]
                 cut = [d for d in last if axes_of(d) and not isinstance(d, Spread)]
-                if index in caches and all(self._stays(d) for d in have.dims):
+                if index in self.program.resident and all(self._stays(d) for d in have.dims):
                     want = cut_as(have.dims, self.mesh)
                 elif cut and not self.program.options.gather_logits:
                     want = cut_as((*want.dims[:-1], *last), self.mesh)

@@ -83,7 +83,9 @@ def rewrite_captured(
     )
     program = Program(captured, captured.graph_module, degree, spec=spec, claims=claims, options=options)
     flat = captured.flatten(*inputs)
-    program = program.with_(sizes=sizes_at(program, flat), held=held_parts(captured, flat))
+    program = program.with_(
+        sizes=sizes_at(program, flat), held=held_parts(captured, flat), resident=captured.cache_outputs()
+    )
     history = [Stage("capture", seconds, program)]
     for step in pipeline:
         start = time.perf_counter()

@@ -215,7 +215,8 @@ def _with_whole_outputs(program: Program) -> Program:
         return made
 
     given: Any = output.args[0]
-    output.args = (tuple(whole(x) if isinstance(x, torch.fx.Node) else x for x in given),)
+    left = {i for i in range(len(given)) if i in program.resident or not program.options.gather_logits}
+    output.args = (tuple(whole(x) if i in left and isinstance(x, torch.fx.Node) else x for i, x in enumerate(given)),)
     module.recompile()
     return program.with_(graph_module=module)
 

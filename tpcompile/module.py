@@ -509,7 +509,7 @@ def cache_cuts(program: Program) -> dict[int, Cut]:
     """The tensors of caches, among a graph's flat outputs, of which a rank holds a part."""
     outputs: Any = program.graph.output_node().args[0]
     cuts: dict[int, Cut] = {}
-    for index in program.captured.cache_outputs():
+    for index in program.resident:
         placed = outputs[index].meta.get("placement") if isinstance(outputs[index], torch.fx.Node) else None
         if isinstance(placed, Placement) and (cut := {d: x for d, x in enumerate(placed.dims) if axes_of(x)}):
             cuts[index] = cut

@@ -184,6 +184,7 @@ class Program:
     table: Mapping[str, Row] = field(default_factory=dict[str, Row])
     emitted: bool = False
     held: Mapping[str, CacheCut] = field(default_factory=dict[str, CacheCut])  # inputs of which a rank holds a part
+    resident: frozenset[int] = frozenset()  # outputs of which a rank keeps its part: tensors of caches
     sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict[sympy.Symbol, int])  # at the example inputs
     history: tuple[Stage, ...] = ()  # capture first, then the passes in order
 
