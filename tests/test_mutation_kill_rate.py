@@ -78,6 +78,7 @@ PROGRAMS = [
 ]
 RIGHT: Mapping[str, Mapping[str, str]] = {
     "phi3": {r"slice_8: argument 3 (whole again|one more)": "a slice that ends behind its dim ends with it"},
+    "llama_few_kv": {r"cut(_\d+)?: over tp0": "the repeats of a key head are copies of one another"},
     "gpt_neox": {r"once(_\d+)?: doubled": "what is zero on all ranks but the first stays so"},
     "falcon_mqa": {
         r"slice_4: argument 3 whole again": "-2 counts from the end, whatever the length",
