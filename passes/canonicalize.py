@@ -159,7 +159,7 @@ def _attention(site: Site) -> torch.fx.Node | None:
         if not all(isinstance(n, int) for n in heads):
             return None
         times = heads[0] // heads[1]
-        k, v = (site.emit(aten.repeat_interleave.self_int, x, times, -3) for x in (k, v))
+        k, v = (_repeated(site, x, times) for x in (k, v))
     mask, causal, scale = site.arg("attn_mask"), site.arg("is_causal"), site.arg("scale")
     if p == 0.0:
         if not grouped:
@@ -170,13 +170,12 @@ def _attention(site: Site) -> torch.fx.Node | None:
         if not isinstance(width, int):
             return None  # (the rule refuses a cut of it)
         scale = 1 / math.sqrt(width)
+    if causal:
+        rows, columns = (site.emit(aten.sym_size.int, x, -2) for x in (q, k))
+        mask = site.emit(aten.tril.default, site.emit(aten.new_ones.default, q, [rows, columns], dtype=torch.bool))
     root = math.sqrt(scale)
     q, k = site.emit(aten.mul.Scalar, q, root), site.emit(aten.mul.Scalar, k, root)
     scores = site.emit(aten.matmul.default, q, site.emit(aten.transpose.int, k, -2, -1))
-    if causal:
-        rows, columns = (site.emit(aten.sym_size.int, x, -2) for x in (q, k))
-        ones = site.emit(aten.new_ones.default, scores, [rows, columns], dtype=torch.bool)
-        mask = site.emit(aten.tril.default, ones)
     if mask is not None and mask.meta["val"].dtype == torch.bool:
         away = site.emit(aten.logical_not.default, mask)
         scores = site.emit(aten.masked_fill.Scalar, scores, away, -math.inf)
@@ -185,6 +184,17 @@ def _attention(site: Site) -> torch.fx.Node | None:
         scores = site.emit(aten.add.Tensor, scores, mask)
     weights = site.emit(aten.dropout.default, site.emit(aten.softmax.int, scores, -1), p, True)
     return site.emit(aten.matmul.default, weights, v)
+
+
+def _repeated(site: Site, x: torch.fx.Node, times: int) -> torch.fx.Node:
+    """Each head ``times`` times, ``[..., heads, s, d]``: a view first, which can be made for a rank's heads alone."""
+    shape = x.meta["val"].shape
+    *batch, heads, length, width = (
+        n if isinstance(n, int) else site.emit(aten.sym_size.int, x, d) for d, n in enumerate(shape)
+    )
+    each = site.emit(aten.unsqueeze.default, x, len(batch) + 1)
+    every = site.emit(aten.expand.default, each, [*batch, heads, times, length, width])
+    return site.emit(aten.reshape.default, every, [*batch, heads * times, length, width])
 
 
 REWRITES: dict[str, Rewrite] = {

@@ -36,7 +36,7 @@ SOFTMAX = _ops("softmax.int _softmax _safe_softmax")
 PRODUCTS = _ops("matmul bmm mm mv baddbmm addmm linear einsum scaled_dot_product_attention conv1d conv2d _grouped_mm")
 CHEAP = _ops(
     "view reshape transpose.int permute unsqueeze squeeze.dim expand contiguous clone slice.Tensor select.int "
-    "mul.Scalar div.Scalar to.dtype _to_copy repeat_interleave.self_int logical_not bitwise_not"
+    "mul.Scalar div.Scalar to.dtype _to_copy repeat_interleave.self_int logical_not bitwise_not new_ones tril"
 )
 """Ops in front of the products that are run again too: what they are given is no larger than what they make."""
 
