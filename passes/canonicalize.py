@@ -158,8 +158,7 @@ def _attention(site: Site) -> torch.fx.Node | None:
     if grouped:
         if not all(isinstance(n, int) for n in heads):
             return None
-        times = heads[0] // heads[1]
-        k, v = (_repeated(site, x, times) for x in (k, v))
+        k, v = (_repeated(site, x, heads[1], heads[0]) for x in (k, v))
     mask, causal, scale = site.arg("attn_mask"), site.arg("is_causal"), site.arg("scale")
     if p == 0.0:
         if not grouped:
@@ -186,15 +185,14 @@ def _attention(site: Site) -> torch.fx.Node | None:
     return site.emit(aten.matmul.default, weights, v)
 
 
-def _repeated(site: Site, x: torch.fx.Node, times: int) -> torch.fx.Node:
-    """Each head ``times`` times, ``[..., heads, s, d]``: a view first, which can be made for a rank's heads alone."""
+def _repeated(site: Site, x: torch.fx.Node, heads: int, to: int) -> torch.fx.Node:
+    """Each of ``heads`` heads as often as ``to`` need, ``[..., to, s, d]``: a view first, cut by heads as they are."""
     shape = x.meta["val"].shape
-    *batch, heads, length, width = (
-        n if isinstance(n, int) else site.emit(aten.sym_size.int, x, d) for d, n in enumerate(shape)
-    )
+    sizes = [n if isinstance(n, int) else site.emit(aten.sym_size.int, x, d) for d, n in enumerate(shape)]
+    batch, (length, width) = sizes[:-3], sizes[-2:]
     each = site.emit(aten.unsqueeze.default, x, len(batch) + 1)
-    every = site.emit(aten.expand.default, each, [*batch, heads, times, length, width])
-    return site.emit(aten.reshape.default, every, [*batch, heads * times, length, width])
+    every = site.emit(aten.expand.default, each, [*batch, heads, to // heads, length, width])
+    return site.emit(aten.reshape.default, every, [*batch, to, length, width])
 
 
 REWRITES: dict[str, Rewrite] = {
