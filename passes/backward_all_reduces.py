@@ -19,6 +19,7 @@ import torch.fx
 from tpcompile.passes.place import is_spread, needs_grad, place
 from tpcompile.placement import Placement
 from tpcompile.program import Program
+from tpcompile.rules import op_name
 
 PARAMETER_DISCOUNT = 1024
 UNWANTED = 1 << 80  # more than all f together: a value that must be partial is left (H -> R) only where it has to be
@@ -102,6 +103,8 @@ def _is_free(program: Program, node: torch.fx.Node, axis: int, grads: frozenset[
 
 def _wanted_by(program: Program, user: torch.fx.Node, node: torch.fx.Node, axis: int) -> list[str]:
     """States in which a user that cannot move wants the value."""
+    if op_name(user).startswith("aten.sym_"):
+        return []  # a size is the same in every state
     row = program.table.get(user.name)
     if row is None or not row.operands:
         return ["R"]  # the output, a scalar op
