@@ -1,7 +1,7 @@
 """Every model type of transformers, made small, cut without a spec, and compared with one device.
 
     python benchmarks/sweep_models.py                            the usual class of every type, 2 ranks, eval mode
-    python benchmarks/sweep_models.py --degree 2 3 4 --train     more rows: those that are there are not made again
+    python benchmarks/sweep_models.py --degree 2 3 4 --mode train   more rows; those that are there are kept
     python benchmarks/sweep_models.py --classes all              every class of every type
     python benchmarks/sweep_models.py --only llama,gpt2 --show   a few, their records on the terminal
     python benchmarks/sweep_models.py --retry crash,refused      again what ended so
@@ -37,6 +37,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "models.json"
 DOCS = ROOT / "docs" / "models.md"
+MODES = ("eval", "train", "eager")  # eager: in eval mode, with attention written out instead of torch's sdpa
 SECONDS = 90  # a row may take
 GIGABYTES = 12  # of memory a row may take
 LISTED = 10  # reasons in the document
@@ -303,7 +304,7 @@ def _sections(parts: Sequence[int]) -> list[int]:
 # ------------------------------------------------------------------------------------------------ one model
 @dataclass(frozen=True)
 class Record:
-    """One row: a class of a model type, on so many ranks, in eval or train mode."""
+    """One row: a class of a model type, on so many ranks, in one of ``MODES``."""
 
     type: str
     cls: str
@@ -353,6 +354,10 @@ def records(kind: str, class_name: str, mode: str, degrees: Iterable[int]) -> It
         cls = models.usual_class(config, kind, class_name)
         stage = "build"
         model = models.build(config, cls)
+        if mode == "eager":
+            model.set_attn_implementation("eager")
+            if model.config._attn_implementation != "eager":
+                raise TypeError("its attention cannot be set")
         stage = "inputs"
         args, kwargs = models.default_inputs(model)
         model.train(mode == "train")
@@ -684,7 +689,7 @@ def main() -> None:
     parser.add_argument("--class", dest="cls", metavar="CLASS", help="this class only")
     parser.add_argument("--classes", choices=("usual", "all"), default="usual")
     parser.add_argument("--degree", type=int, nargs="+", default=[2])
-    parser.add_argument("--mode", nargs="+", choices=("eval", "train"), default=["eval"])
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["eval"])
     parser.add_argument("--passing", action="store_true", help="only classes that are equal at degree 2 in eval mode")
     parser.add_argument("--retry", metavar="OUTCOME,...", help="make rows that ended so again")
     parser.add_argument("--again", action="store_true", help="make all rows again")

@@ -24,6 +24,7 @@ from tpcompile.patterns import Match, Pattern, leaf, rewrite
 from tpcompile.program import Program, copy_graph
 
 aten = torch.ops.aten
+_attention = aten.scaled_dot_product_attention.default
 ARITHMETIC = (aten.sym_size.int, operator.add, operator.sub, operator.mul, operator.floordiv)  # on sizes
 EVERYBODY = Mesh((1,)).group_name([0])  # the group whose members are all ranks, in their order
 all_reduce = leaf(collectives.all_reduce)
@@ -98,6 +99,44 @@ def _narrow(match: Match) -> str | None:
     return None if dtype in (torch.float32, torch.float64) else f"x is {dtype}: the fused op rounds once, these each"
 
 
+def _unusual_norm(match: Match) -> str | None:
+    """Whether the written norm is more, or less, than that of the last dim by a known number."""
+    x, eps = match["x"].meta["val"], match["eps"]
+    if not isinstance(eps, (int, float)) or not isinstance(x.shape[-1], int):
+        return "eps and the width must be known"
+    return _narrow(match)
+
+
+def _no_weight(match: Match) -> str | None:
+    """Whether ``w`` is no weight of the norm that it is multiplied with."""
+    if not isinstance(match["w"], torch.fx.Node):
+        return "w is a number"
+    w, out = match["w"].meta["val"], match.root.meta["val"]
+    if _exact(w.shape) != _exact(out.shape[-1:]):
+        return f"w is {list(w.shape)}, not one number for each of the {out.shape[-1]} columns"
+    dtypes = {match[v].meta["val"].dtype for v in "xw"}
+    return None if len(dtypes) == 1 else f"a norm with weight takes one dtype, not {sorted(map(str, dtypes))}"
+
+
+def _other_repeats(match: Match) -> str | None:
+    """Whether more than the heads of k and v is expanded, or q has another number of them."""
+    for name in "kv":
+        x = match[name].meta["val"]
+        each, every = (n.meta["val"] for n in _repeats(match, match[name]))
+        if x.dim() != 4 or _exact(each.shape) != _exact((*x.shape[:2], each.shape[2], *x.shape[2:])):
+            return f"more than the heads of {name} is repeated"
+        if _exact(every.shape) != _exact((x.shape[0], x.shape[1] * each.shape[2], *x.shape[2:])):
+            return f"heads of {name} are not next to their copies"
+    return None
+
+
+def _repeats(match: Match, x: torch.fx.Node) -> list[torch.fx.Node]:
+    """The expand and the reshape in the match that repeat ``x``."""
+    unsqueeze = next(n for n in match.nodes if n.args[0] is x)
+    expand = next(n for n in match.nodes if n.args[0] is unsqueeze)
+    return [expand, next(n for n in match.nodes if n.args[0] is expand)]
+
+
 def _changes_shape(match: Match) -> str | None:
     x, root = match["x"], match.root
     before, after = _exact(x.meta["val"].shape), _exact(root.meta["val"].shape)
@@ -145,6 +184,31 @@ def _written_gelu(x: Any) -> Any:
     return aten.mul.Tensor(aten.mul.Tensor(x, 0.5), aten.add.Tensor(tanh, 1.0))
 
 
+def _written_rms_norm(x: Any, eps: Any) -> Any:
+    """Without its weight, as transformers writes it (Zhang and Sennrich 2019)."""
+    mean = aten.mean.dim(aten.pow.Tensor_Scalar(x, 2), [-1], True)
+    return aten.mul.Tensor(x, aten.rsqrt.default(aten.add.Tensor(mean, eps)))
+
+
+def _weighted(norm: Any) -> tuple[Pattern, Pattern]:
+    """A norm without a weight times a weight, and a weight times a norm, is a norm with that weight."""
+    name, with_weight = "an RMS norm has its weight", lambda x, shape, eps, w: norm(x, shape, w, eps)
+    return (
+        Pattern(name, lambda x, shape, eps, w: aten.mul.Tensor(norm(x, shape, None, eps), w), with_weight, _no_weight),
+        Pattern(
+            f"{name}, weight first",
+            lambda x, shape, eps, w: aten.mul.Tensor(w, norm(x, shape, None, eps)),
+            with_weight,
+            _no_weight,
+        ),
+    )
+
+
+def _repeated(x: Any, sizes: Sequence[Any], shape: Sequence[Any]) -> Any:
+    """kv heads next to their copies, as ``repeat_kv`` of transformers makes them."""
+    return aten.reshape.default(aten.expand.default(aten.unsqueeze.default(x, 2), sizes), shape)
+
+
 def _part(size: Sequence[Any], dim: int, parts: collectives.Parts) -> list[Any]:
     """``size`` with the part that a rank holds of ``dim``."""
     return [per_rank(list(map(run_length, parts))) if d == dim else n for d, n in enumerate(size)]
@@ -185,6 +249,23 @@ PATTERNS: tuple[Pattern, ...] = (
     *_biased(aten.mm.default, lambda x, w, b: aten.addmm.default(b, x, w)),
     Pattern(
         "gelu, written out", _written_gelu, lambda x: aten.gelu.default(x, approximate="tanh"), _narrow,
+    ),
+    Pattern(
+        "an RMS norm, written out",
+        _written_rms_norm,
+        lambda x, eps: aten.rms_norm.default(x, x.node.meta["val"].shape[-1:], None, eps),
+        _unusual_norm,
+    ),
+    *_weighted(aten.rms_norm.default),
+    Pattern(
+        "attention repeats kv heads by itself",
+        lambda q, k, v, k_sizes, k_shape, v_sizes, v_shape, mask, p, causal, scale: _attention(
+            q, _repeated(k, k_sizes, k_shape), _repeated(v, v_sizes, v_shape), mask, p, causal, scale=scale
+        ),
+        lambda q, k, v, k_sizes, k_shape, v_sizes, v_shape, mask, p, causal, scale: _attention(
+            q, k, v, mask, p, causal, scale=scale, enable_gqa=True
+        ),
+        _other_repeats,
     ),
     *map(_born_cut, (aten.zeros.default, aten.ones.default)),
     Pattern(

@@ -59,12 +59,24 @@ LINEAR = [
     product((1, 1), (1, 1), 1),
 ]
 MM = [product((3, 4), (4, 5), 5), product((2, 1), (1, 1), 1)]
+NORM = [{"x": Given((2, 3, 4)), "shape": [4], "eps": 1e-6, "w": Given((4,))}]
 PLAIN = {"dtype": torch.float64, "layout": None, "device": torch.device("cpu"), "pin_memory": False}
 FACTORY = [
     {"size": [2, 8], "dim": 1, "parts": uneven, "group": "tp", **PLAIN},
     {"size": [12], "dim": 0, "parts": even, "group": "tp", **PLAIN, "dtype": torch.bool},
 ]
 INTEGERS = Given((3, 4), torch.int64)
+
+
+def grouped(q: tuple[int, ...], kv: tuple[int, ...], mask: Any) -> dict[str, Any]:
+    """Attention of ``q`` on fewer heads of k and v, each of them repeated."""
+    sizes, shape = [*kv[:2], q[1] // kv[1], *kv[2:]], [kv[0], q[1], *kv[2:]]
+    causal = mask == "causal"
+    return {
+        "q": Given(q), "k": Given(kv), "v": Given(kv), "k_sizes": sizes, "k_shape": shape, "v_sizes": sizes,
+        "v_shape": shape, "mask": None if causal else mask, "p": 0.0, "causal": causal, "scale": 0.5,
+    }  # fmt: skip
+
 
 SAMPLES: dict[str, Sequence[dict[str, Any]]] = {
     "two all-reduces that meet are one": [
@@ -82,6 +94,14 @@ SAMPLES: dict[str, Sequence[dict[str, Any]]] = {
     "a part of ones is smaller": FACTORY,
     "a part of full is smaller": [{**values, "value": 1} for values in FACTORY],
     "gelu, written out": [{"x": Given((3, 4))}, {"x": Given((2, 3, 4))}],
+    "an RMS norm, written out": [{"x": Given((3, 4)), "eps": 1e-6}, {"x": Given((2, 3, 4), torch.float32), "eps": 1}],
+    "an RMS norm has its weight": NORM,
+    "an RMS norm has its weight, weight first": NORM,
+    "attention repeats kv heads by itself": [
+        grouped((2, 4, 5, 3), (2, 2, 5, 3), "causal"),
+        grouped((2, 3, 5, 3), (2, 1, 6, 3), None),
+        grouped((1, 6, 5, 3), (1, 2, 6, 3), Given((1, 1, 5, 6))),
+    ],
     "x + 0 is x": [{"x": INTEGERS, "number": 0}, {"x": INTEGERS, "number": False}],
     "x * 1 is x": [{"x": Given((3, 4)), "number": 1.0}, {"x": INTEGERS, "number": 1}, {"x": Given(()), "number": 1}],
     "True & x is x": [
@@ -141,6 +161,21 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "x is torch.bfloat16: the fused op rounds once, these each": (
         "gelu, written out", {"x": torch.zeros(3, 4, dtype=torch.bfloat16)},
+    ),
+    "eps and the width must be known": (
+        "an RMS norm, written out", {"x": torch.zeros(3, 4), "eps": torch.zeros(())},
+    ),
+    "w is [3, 1], not one number for each of the 4 columns": (
+        "an RMS norm has its weight", {"x": torch.zeros(3, 4), "shape": [4], "eps": 1e-6, "w": torch.zeros(3, 1)},
+    ),
+    "a norm with weight takes one dtype, not ['torch.float32', 'torch.float64']": (
+        "an RMS norm has its weight",
+        {"x": torch.zeros(3, 4), "shape": [4], "eps": 1e-6, "w": torch.zeros(4, dtype=F64)},
+    ),
+    "more than the heads of k is repeated": (
+        "attention repeats kv heads by itself",
+        {x: torch.zeros(3, 4) for x in "qkv"} | {name: [4] for name in ("k_sizes", "k_shape", "v_sizes", "v_shape")}
+        | {"mask": None, "p": 0.0, "causal": True, "scale": None},
     ),
     "the number is 1, not 0": ("x + 0 is x", {"x": torch.zeros(3, 4), "number": 1}),
     "-0.0 + 0 is 0.0": ("x + 0 is x", {"x": torch.zeros(3, 4), "number": 0}),

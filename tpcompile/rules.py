@@ -346,13 +346,17 @@ def _attention(call: Call) -> Sentence:
 
 
 def _normalize(call: Call) -> Sentence:
-    """layer_norm, rms_norm: the normalized dims must be whole; weight and bias lie along them."""
+    """layer_norm, rms_norm: the normalized dims must be whole; weight and bias lie along them.
+
+    Without a bias the result is linear in the weight.
+    """
     shape = call.shapes[0]
     count = len(call.argument("normalized_shape"))
     labels = tuple(f"d{i}" for i in range(len(shape)))
     whole = dict.fromkeys(labels[len(shape) - count :], "a norm takes its mean over the whole axis")
     operands = (labels, *(labels[len(shape) - len(s) :] for s in call.shapes[1:]))
-    return Sentence(operands, (labels,), dict(zip(labels, shape, strict=True)), whole=whole)
+    linear = frozenset({1}) if len(operands) == 2 and op_name(call.node) == "aten.rms_norm.default" else None
+    return Sentence(operands, (labels,), dict(zip(labels, shape, strict=True)), linear, whole=whole)
 
 
 def _batch_norm(call: Call) -> Sentence:
