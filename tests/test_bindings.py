@@ -12,9 +12,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tpcompile.bindings import BINDINGS, bind_directly
+from tpcompile.layout import Leaf
+from tpcompile.placement import Placement
 from tpcompile.rule_truth import Given, Number, Sample
 
-MADE = (call("addmm.default", real(5), real(3, 4), real(4, 5)),)  # by a pass, so it needs no rule
+MADE = (  # what needs no rule
+    call("addmm.default", real(5), real(3, 4), real(4, 5)),
+    call("arange.default", 5, device=torch.device("cpu"), pin_memory=False),
+    call("sym_size.int", real(3, 4), -1),
+)
 BOUND = [sample for sample in (*SAMPLES, *MADE) if sample.op in {str(op) for op in BINDINGS}]
 
 
@@ -40,6 +46,8 @@ def outcome(function: Callable[..., Any], sample: Sample) -> list[Tensor]:
     torch.manual_seed(0)
     result = function(*args, **kwargs)
     operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
+    if isinstance(result, int):
+        return [torch.tensor(result)]
     if not (isinstance(result, Tensor) and result.requires_grad):
         return [result]
     weights = torch.linspace(1, 2, result.numel(), dtype=result.dtype).view(result.shape)
@@ -59,6 +67,34 @@ def test_function_is_the_op(sample: Sample) -> None:
     op, function = next((op, function) for op, function in BINDINGS.items() if str(op) == sample.op)
     assert callable(op)
     assert same(function, op, sample)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ((1, 2, 5), (1, 2, 3)),
+        ((-1, 0, 3), (-1, 0, 3)),
+        ((1, 4, 2**63 - 1), (1, 4, 2)),
+        ((1, None, 3), (1, 0, 3)),
+        ((1, 6, 9), (1, 6, 0)),
+        ((0, 0, 1), None),  # of a cut dim, a rank holds other positions
+        ((1, -2, 6), None),
+        ((1, 4, 2), None),
+        ((1, 0, 6, 2), None),
+        ((), None),
+    ],
+)
+def test_a_slice_of_known_positions_is_a_narrow(args: tuple[Any, ...], expected: tuple[int, ...] | None) -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    whole = torch.arange(24.0).view(4, 6)
+    x.meta |= {"val": whole, "placement": Placement(("S",), (Leaf(8, (0,)), Leaf(6)))}
+    graph.output(graph.call_function(torch.ops.aten.slice.Tensor, (x, *args)))
+    bind_directly(graph)
+    (node,) = graph.find_nodes(op="call_function", target=torch.narrow) or [None]
+    assert (None if node is None else node.args[1:]) == expected
+    found = torch.fx.GraphModule(torch.nn.Module(), graph)(whole)
+    assert torch.equal(found, torch.ops.aten.slice.Tensor(whole, *args))
 
 
 def test_every_binding_has_a_sample() -> None:

@@ -153,7 +153,7 @@ def test_the_code_of_a_layer_can_be_read() -> None:
     (_, function), *_ = calls_of(zoo.case("gpt2", 3, True).captured)
     source = inspect.getsource(function)
     assert source.lstrip().startswith("def forward(self, input_0")
-    assert "'attn.c_attn.weight'" in source
+    assert "(self, ('attn', 'c_attn'), 'weight')" in source
     assert "transformer" not in source
 
 
@@ -373,6 +373,6 @@ def test_what_is_behind_wrappers_is_found_and_hooks_of_layers_run() -> None:
     for wrapped in (False, True):
         if wrapped:
             root.a = Transparent(root.get_submodule("a"))
-        assert torch.equal(call_layer(root, "a.h", 0, torch.full((2,), 5.0)), torch.full((2,), 5.0))
+        assert torch.equal(call_layer(root, ("a", "h"), 0, torch.full((2,), 5.0)), torch.full((2,), 5.0))
         assert tensor_at(root, "a.h.weight") is layer.weight
         assert len(calls) == 1 + wrapped

@@ -8,10 +8,12 @@ The graph keeps the ops, which have one name each; only the code that is made of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
+
+from tpcompile.layout import axes_of
 
 _nn: Any = getattr(getattr(torch, "_C"), "_nn")  # noqa: B009 - where torch.nn.functional has them from
 
@@ -31,6 +33,9 @@ BINDINGS: Mapping[object, Callable[..., Any]] = {
     **_of(torch, "sum.dim_IntList cat transpose.int unsqueeze squeeze.dim reshape detach masked_fill.Scalar"),
     **_of(torch, "cos sin cumsum eq.Tensor ne.Scalar le.Tensor"),
     **_of(torch.Tensor, "view expand permute contiguous"),
+    torch.ops.aten.sym_size.int: torch.Tensor.size,
+    torch.ops.aten.to.dtype: torch.Tensor.to,
+    torch.ops.aten.arange.default: torch.arange,
     **_of(_nn, "linear gelu silu scaled_dot_product_attention"),
 }
 """Overload -> the function that does the same for the same arguments."""
@@ -40,7 +45,21 @@ def bind_directly(graph: torch.fx.Graph) -> None:
     """Call the functions of :data:`BINDINGS` where ``graph`` calls their ops, in place."""
     for node in graph.nodes:
         if node.op == "call_function":
+            if node.target is torch.ops.aten.slice.Tensor:
+                _narrow(node)
             node.target = BINDINGS.get(node.target, node.target)
+
+
+def _narrow(node: torch.fx.Node) -> None:
+    """A slice with known ends of a dim that every rank holds whole is a ``narrow``, which is bound ahead of time."""
+    given: Any = node.args
+    x, dim, start, end, step = cast("tuple[Any, ...]", (*given, *(0, 0, None, None, 1)[len(given) :]))
+    value, placed = x.meta.get("val"), x.meta.get("placement")
+    if node.kwargs or step != 1 or value is None or placed is None or axes_of(placed.dims[dim]):
+        return
+    size, start = value.shape[dim], 0 if start is None else start
+    if all(isinstance(n, int) for n in (size, start, end)) and 0 <= start <= min(size, end):
+        node.target, node.args = torch.narrow, (x, dim, start, min(size, end) - start)
 
 
 __all__ = ["BINDINGS", "bind_directly"]

@@ -294,14 +294,17 @@ def _keep_first(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> T
 
 
 def _all_reduce(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> Tensor:
-    if _seat(group)[1] == 1:
-        return x
     if _traced(x):
+        if _seat(group)[1] == 1:
+            return x
         return _functional.wait_tensor(_functional.all_reduce(x.contiguous(), "sum", group))
+    members = resolve_group(group)
+    if members.size() == 1:
+        return x
     # gloo sums a strided tensor's storage and gets it silently wrong
     y = x if owned and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
     if y.numel():
-        issue(dist.all_reduce, y, group=resolve_group(group))
+        issue(dist.all_reduce, y, group=members)
     return y
 
 
@@ -433,10 +436,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, forward: str, backward: str, dim: int, where: Where, group: str, own: bool, own_grad: bool
+        ctx: Any, x: Tensor, call: tuple[str, str, int, Where, str, bool, bool]
     ) -> Tensor:
-        ctx.primitives = (backward, forward.removeprefix("pending_"))
-        ctx.place, ctx.own_grad = (dim, where, group), own_grad
+        ctx.call = call
+        forward, _, dim, where, group, own, _ = call
         y = PRIMITIVES[forward](x, dim, where, group, own)
         if y is x and own and forward == "all_reduce":
             ctx.mark_dirty(x)
@@ -444,10 +447,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        own_grad = ctx.own_grad and not torch.is_grad_enabled()
-        (forward, backward), (dim, where, group) = ctx.primitives, ctx.place
-        return _apply(grad, forward, backward, dim, where, group, own_grad), *(None,) * 7
+        forward, backward, dim, where, group, _, own = ctx.call
+        if torch.is_grad_enabled():
+            return _apply(grads[0], backward, forward.removeprefix("pending_"), dim, where, group), None
+        return PRIMITIVES[backward](grads[0], dim, where, group, own), None
 
 
 def _apply(
@@ -466,7 +469,7 @@ def _apply(
         return PRIMITIVES[forward](x, dim, where, group, own)
     # autograd copies more for a view than one clone, and refuses a leaf
     own = own and not _traced(x) and not x.is_leaf and not x._is_view()
-    return cast("Tensor", _Linear.apply(x, forward, backward, dim, where, group, own, own_grad))
+    return cast("Tensor", _Linear.apply(x, (forward, backward, dim, where, group, own, own_grad)))
 
 
 class _LinearMany(torch.autograd.Function):
@@ -600,6 +603,8 @@ def copy(x: Tensor, group: str, inplace_backward: bool = False) -> Tensor:
     ``inplace_backward`` lets the backward overwrite the gradient it is given: only where no other tensor can hold
     that buffer, as when all users of the result are products.
     """
+    if not (x.requires_grad or torch.compiler.is_exporting()):
+        return x
     row = TRANSITIONS["copy"]
     return _apply(x, row.forward, row.backward, 0, (), group, False, inplace_backward)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -191,11 +191,16 @@ class Functions:
 
 
 def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer at a dotted name, as it is now.
+    """The parameter or buffer at a dotted name, as it is now."""
+    *path, last = name.split(".")
+    return tensor_in(module, path, last)
+
+
+def tensor_in(module: nn.Module, path: Sequence[str], last: str) -> torch.Tensor:
+    """:func:`tensor_at`, with a name that is parted already.
 
     ``nn.Module.__getattr__``, which is asked for every part of the name otherwise, takes as long as a small kernel.
     """
-    *path, last = name.split(".")
     at: Any = module
     try:
         for part in path:
@@ -205,27 +210,29 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
         return getattr(module.get_submodule(".".join(path)), last)
 
 
-def call_layer(module: nn.Module, path: str, *args: Any) -> Any:
-    """Call the layer at a dotted path, found as :func:`tensor_at` finds tensors."""
+def call_layer(module: nn.Module, path: Sequence[str], *args: Any) -> Any:
+    """Call the layer at a path, found as :func:`tensor_at` finds tensors."""
     at: Any = module
     try:
-        for part in path.split("."):
+        for part in path:
             at = at._modules[part]
     except KeyError:
-        at = module.get_submodule(path)
+        at = module.get_submodule(".".join(path))
     return at(*args)
 
 
 def _look_up_directly(graph: torch.fx.Graph) -> None:
-    """Use :func:`tensor_at` and :func:`call_layer` for what ``graph`` asks of its module, in place."""
+    """Use ``tensor_in`` and ``call_layer`` for what ``graph`` asks of its module, in place."""
     found = [node for node in graph.nodes if node.op in ("get_attr", "call_module")]
     if not found:
         return
     with graph.inserting_before(next(iter(graph.nodes))):
         module = graph.placeholder("self")
     for node in found:
-        function = tensor_at if node.op == "get_attr" else call_layer
-        node.op, node.target, node.args = "call_function", function, (module, str(node.target), *node.args)
+        path = str(node.target).split(".")
+        given = ((*path[:-1],), path[-1]) if node.op == "get_attr" else ((*path,), *node.args)
+        function = tensor_in if node.op == "get_attr" else call_layer
+        node.op, node.target, node.args = "call_function", function, (module, *given)
 
 
 def read_outside(graph: torch.fx.Graph, layers: frozenset[str]) -> list[str]:
