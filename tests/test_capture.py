@@ -16,8 +16,10 @@ import torch
 import torch.utils._pytree as pytree
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from tpcompile import tracing
 from tpcompile.capture import Captured, capture
 from tpcompile.errors import CaptureError
 
@@ -434,6 +436,23 @@ def test_a_constant_that_depends_on_the_branch_is_guarded() -> None:
     captured = capture(Scaled(), (torch.randn(2, 6, 5),))
     with pytest.raises(CaptureError, match=r"does not cover x.shape\[1\] = 1"):
         captured.flatten((torch.randn(2, 1, 5),))
+
+
+def test_a_model_without_weights_is_where_its_inputs_are() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    mode = FakeTensorMode()
+    with mode:
+        given = torch.empty(2, 3, device=gpu)
+    assert tracing._home([torch.empty(2, device="meta"), given]) == gpu
+    assert tracing._home([torch.empty(2, device="meta")]) == tracing._home([]) == cpu
+    model = nn.BatchNorm1d(3, device="meta")
+    model.weight = nn.Parameter(torch.ones(3))
+    with tracing._preserved(model):
+        tracing._fake(model, mode, lambda x: x.is_meta, gpu)
+        assert (model.weight.device, model.bias.device) == (cpu, gpu)
+        assert model.running_mean is not None
+        assert model.running_mean.device == gpu
+    assert model.bias.is_meta
 
 
 def test_tied_sizes_must_agree() -> None:

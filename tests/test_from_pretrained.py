@@ -174,6 +174,20 @@ def with_one_bad_rank(directories: Sequence[str]) -> tuple[str, str]:
     return said[0], said[1]
 
 
+def onto_another_device(directory: str) -> set[tuple[str, str]]:
+    """Loads a model onto the device that has no memory; the devices and dtypes of what it holds."""
+    pretrained.group_device = lambda group: torch.device("meta")
+    pretrained._to = lambda device: lambda x: x  # inputs must have values
+    model = tpcompile.from_pretrained(directory)
+    return {(x.device.type, str(x.dtype)) for x in (*model.parameters(), *model.buffers())}
+
+
+@pytest.mark.distributed
+def test_parts_and_buffers_go_to_the_device_of_the_group(tmp_path: Path) -> None:
+    found = run(onto_another_device, 1, str(saved("llama", tmp_path, torch.float32)))
+    assert found == [{("meta", "torch.float32")}]
+
+
 @pytest.mark.distributed
 def test_an_error_of_one_rank_ends_the_call_on_all(tmp_path: Path) -> None:
     for kind in ("other", "broken"):

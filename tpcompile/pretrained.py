@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
 
 from tpcompile.checkpoint_files import Checkpoint, Files, names_in, whole
 from tpcompile.checkpoint_sources import Sources, keys_pattern, sources_of
@@ -60,7 +61,7 @@ def from_pretrained(
 
     Equal to ``tpcompile.compile(AutoModel....from_pretrained(directory))``, and no rank ever holds the whole model:
     each reads the bytes of its own parts. Collective: every rank of the mesh calls it with the same arguments, and the
-    same files. Nothing is downloaded. On the CPU.
+    same files. Nothing is downloaded. On the CPU, or on this rank's GPU if the group is NCCL's.
 
     Args:
         directory: with ``config.json``, and ``model.safetensors`` or ``model.safetensors.index.json`` and its files; or
@@ -94,24 +95,21 @@ def load(
 ) -> tuple[TensorParallel, int]:
     """:func:`from_pretrained`, and how many bytes this rank has read. ``progress`` is told after every parameter."""
     group = group_of(mesh)
-    if group_device(group).type != "cpu":
-        raise TpcompileError(
-            "from_pretrained loads onto the CPU, and the process group is of GPUs",
-            why="what has no weights yet is captured for the CPU",
-            help="use a gloo process group, or load the model on the GPU and pass it to tpcompile.compile",
-        )
+    home = group_device(group)
     with contextlib.ExitStack() as stack:
         with _all_or_none(group):
             opened = stack.enter_context(open_checkpoint(directory, gguf_file, dtype))
         _check_same_files(opened.files, group)
         if dist.get_rank(group) == 0:
             warn_of_unused(opened)
-        given = call_arguments_as_inputs(opened.model, example_inputs)
+        given = pytree.tree_map_only(torch.Tensor, _to(home), call_arguments_as_inputs(opened.model, example_inputs))
+        for module in opened.model.modules():
+            module._buffers |= {name: x if x is None else x.to(home) for name, x in module._buffers.items()}
         program = rewrite(opened.model, spec, degree=group.size(), example_inputs=given, **options)
         check_same(program, group)
         assert program.spec is not None, "rewrite finds or plans one"
         rank = dist.get_rank(group)
-        read = reader(opened.files, opened.sources, program, rank)
+        read = reader(opened.files, opened.sources, program, rank, home)
         if progress is not None:
             read = _reporting(read, progress, held_bytes(program, rank))
         with _all_or_none(group):
@@ -173,8 +171,12 @@ def _reporting(read: Read, progress: Progress, total: int) -> Read:
     return reporting
 
 
-def reader(files: Files, sources: Sources, program: Program, rank: int) -> Read:
-    """Reads the parts of ``rank``. Tied copies are read too, and compared."""
+def _to(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x if x.is_meta else x.to(device)
+
+
+def reader(files: Files, sources: Sources, program: Program, rank: int, home: torch.device | str = "cpu") -> Read:
+    """Reads the parts of ``rank``, onto the device ``home``. Tied copies are read too, and compared."""
 
     def read(name: str) -> torch.Tensor:
         wanted = program.captured.parameters[name].dtype
@@ -188,7 +190,7 @@ def reader(files: Files, sources: Sources, program: Program, rank: int) -> Read:
                     why=f"the model has one parameter for both, {name}",
                     help="set tie_word_embeddings to false in config.json, or leave the tensor that is wrong out",
                 )
-        return part
+        return part.to(home)
 
     return read
 

@@ -189,7 +189,7 @@ def _traced(
     with _preserved(model), quiet(), _watched(trace), torch.enable_grad(), tracing(TracingContext(mode)):
         _switch_off_checkpointing(model)
         _as_buffers(model)
-        _fake(model, mode, lambda tensor: tensor.is_meta or isinstance(tensor, FakeTensor))
+        _fake(model, mode, lambda tensor: tensor.is_meta or isinstance(tensor, FakeTensor), _home(examples))
         before = _public_state(model)
         flat = _Flat(model, rebuild, trace)
         with attention_masks.as_in_eager(trace.masks):
@@ -381,13 +381,21 @@ class SizeEnv(ShapeEnv):
 # ---------------------------------------------------------------- leaving the model as it was
 
 
-def _fake(model: nn.Module, mode: FakeTensorMode, which: Callable[[torch.Tensor], bool]) -> None:
-    """Give tensors a fake existence, on cpu where they are on meta, so that they meet the inputs; see `_preserved`."""
+def _home(examples: list[torch.Tensor]) -> torch.device:
+    """Where a model without weights would be: where its inputs are."""
+    return next((x.device for x in examples if not x.is_meta), torch.device("cpu"))
+
+
+def _fake(model: nn.Module, mode: FakeTensorMode, which: Callable[[torch.Tensor], bool], home: torch.device) -> None:
+    """Give tensors a fake existence, at ``home`` where they are on meta, so that they meet the inputs.
+
+    Undone by `_preserved`.
+    """
     memo: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in memo:
-            device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+            device = home if tensor.is_meta else tensor.device
             with mode:
                 fresh = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
             if isinstance(tensor, nn.Parameter):
@@ -743,7 +751,7 @@ def _calls(model: nn.Module, examples: list[torch.Tensor], rebuild: Rebuild, mas
     with _preserved(model), quiet(), torch.enable_grad(), _compiling_state_context():
         _switch_off_checkpointing(model)
         _as_buffers(model)
-        _fake(model, mode, lambda tensor: True)
+        _fake(model, mode, lambda tensor: True, _home(examples))
         args, kwargs = rebuild([mode.from_tensor(_example(example)) for example in examples])
         try:
             with mode, log, attention_masks.as_in_eager(masks, again=True):
