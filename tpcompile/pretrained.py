@@ -103,8 +103,9 @@ def load(
         if dist.get_rank(group) == 0:
             warn_of_unused(opened)
         given = pytree.tree_map_only(torch.Tensor, _to(home), call_arguments_as_inputs(opened.model, example_inputs))
-        for module in opened.model.modules():
-            module._buffers |= {name: x if x is None else x.to(home) for name, x in module._buffers.items()}
+        for name, buffer in opened.model.named_buffers():
+            path, _, last = name.rpartition(".")
+            setattr(opened.model.get_submodule(path), last, buffer.to(home))
         program = rewrite(opened.model, spec, degree=group.size(), example_inputs=given, **options)
         check_same(program, group)
         assert program.spec is not None, "rewrite finds or plans one"
