@@ -712,15 +712,6 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the document
-_MASK = "the library itself: its sdpa leaves out a mask when it is not traced, and differs from its own eager attention"
-KNOWN = {  # what was found out about a type whose rows are not equal
-    "colpali": _MASK,
-    "paligemma": _MASK,
-    "phi4_multimodal_vision": _MASK,
-    "groupvit": "its hard assignment is ill-conditioned in float32; in fp64 the ranks are equal",
-    "groupvit_vision_model": "its hard assignment is ill-conditioned in float32; in fp64 the ranks are equal",
-}
-
 HEAD_OF_DOCUMENT = """\
 # Models
 
@@ -832,7 +823,6 @@ def _tables(rows: Sequence[Record]) -> Iterator[str]:
         yield "|---|---|---|---|---|---|"
         for row in (row for row in rows if row.outcome in outcomes):
             reason = cell(row.reason or "", 140) + (f" ({cell(row.where, 70)})" if row.where else "")
-            reason += f". Found: {KNOWN[row.type]}" if row.type in KNOWN and row.outcome == "wrong" else ""
             yield f"| {row.cls} | {row.type} | {row.degree} | {row.mode} | {row.outcome} | {reason} |"
 
 

@@ -183,6 +183,64 @@ def test_other_positions_may_be_packed(way: str) -> None:
     assert torch.equal(captured.graph_module(_ids())[0], _ids() + 1)
 
 
+class Padding(nn.Module):
+    """Asks for a mask of two directions, with padding made in one of several ways; 1 where there is one."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        from transformers import masking_utils
+
+        match self.way:
+            case "ones":
+                padding = torch.ones(x.shape, dtype=torch.bool)
+            case "full":
+                padding = torch.full((x.shape[0], x.shape[1] * 1), True)
+            case "cast":
+                padding = torch.ones(x.shape[1]).expand(x.shape[0], -1).to(torch.bool)
+            case "zeros":
+                padding = torch.zeros(x.shape, dtype=torch.bool)
+            case "input":
+                padding = x > 0
+            case _:
+                padding = torch.ones(x.shape, dtype=torch.bool)
+                padding[:, 0] = False
+        left_out = masking_utils._ignore_bidirectional_mask_sdpa(padding, x.shape[1], None)
+        return x * 0 + (0 if left_out else 1)
+
+
+@pytest.mark.parametrize("way", ["ones", "full", "cast"])
+def test_padding_of_ones_is_none(way: str) -> None:
+    captured = capture(Padding(way), (_ids(),))
+    assert not captured.graph_module(_ids())[0].any()
+
+
+@pytest.mark.parametrize("way", ["zeros", "input", "written"])
+def test_other_padding_is_a_mask(way: str) -> None:
+    captured = capture(Padding(way), (_ids(),))
+    assert captured.graph_module(_ids())[0].all()
+
+
+@pytest.mark.parametrize(("kv_length", "left_out"), [(LENGTH, True), (LENGTH + 2, False)])
+def test_a_causal_mask_with_padding_of_ones_is_left_out_where_it_is_square(kv_length: int, left_out: bool) -> None:
+    """With more keys than queries eager reads the padding: all of it is true, so there is a mask."""
+
+    class Causal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            from transformers import masking_utils
+
+            padding = torch.ones(x.shape[0], kv_length, dtype=torch.bool)
+            skip = masking_utils._ignore_causal_mask_sdpa(padding, x.shape[1], kv_length, 0, 0)
+            return x * 0 + (0 if skip else 1)
+
+    eager = Causal()(_ids())
+    captured = capture(Causal(), (_ids(),))
+    assert torch.equal(captured.graph_module(_ids())[0], eager)
+    assert bool(eager.any()) is not left_out
+
+
 def test_transformers_is_left_as_it_was() -> None:
     from transformers import masking_utils
 

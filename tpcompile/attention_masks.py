@@ -3,13 +3,14 @@
 While traced, `transformers.masking_utils` looks at no value, and so keeps masks that it leaves out otherwise: a dense
 causal one in place of ``is_causal=True`` (and with it copies of keys and values in place of ``enable_gqa``), and one
 that tells packed sequences apart. Here it may leave them out again, where sizes alone decide, which become guards, and
-where position ids are an arange that the model made itself. A padding mask, or positions, that are inputs stay in the
+where the model itself has made position ids as an arange, or a padding mask as ones. Those that are inputs stay in the
 graph. Reversible; without these functions in transformers nothing is done. Tried on transformers 5.23 and torch 2.13.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -24,6 +25,8 @@ _PACKED = "find_packed_sequence_indices"  # position ids [b, s] -> None where ev
 _ASKED_IF_TRACING = ("is_torchdynamo_exporting", "is_torchdynamo_compiling", "is_tracing")
 _ARANGES = frozenset({aten.arange.default, aten.arange.start})
 _VIEWS = frozenset({aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.reshape.default})
+_CASTS = frozenset({aten.to.dtype, aten.to.device, aten._to_copy.default})
+_ONES = frozenset({aten.ones.default, aten.new_ones.default, aten.ones_like.default})
 _PARTS = frozenset({aten.select.int, aten.slice.Tensor})
 
 
@@ -71,12 +74,18 @@ def _by_sizes(masks: Any, original: Callable[..., Any], args: tuple[Any, ...], k
 
     A mask that eager makes at these sizes is right at all: only leaving it out is a branch, with guards.
     """
-    values = (*args, *kwargs.values())
-    if any(isinstance(value, torch.Tensor) for value in values):
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    padding = given.get("padding_mask")
+    if isinstance(padding, torch.Tensor) and _all_true(padding):  # of the model's own making
+        given["padding_mask"] = None
+        lengths = {_hint(given[name]) for name in ("q_length", "kv_length") if name in given}
+        if len(lengths) > 1:  # (with no padding at all, such a mask may be left out)
+            return False
+    if any(isinstance(value, torch.Tensor) for value in given.values()):
         return False
     with _not_tracing(masks):
-        at_sizes = original(*map(_hint, args), **{name: _hint(value) for name, value in kwargs.items()})
-        return bool(at_sizes) and bool(original(*args, **kwargs))
+        at_sizes = original(**{name: _hint(value) for name, value in given.items()})
+        return bool(at_sizes) and bool(original(**given))
 
 
 @contextlib.contextmanager
@@ -96,13 +105,26 @@ def _hint(value: Any) -> Any:
     return int(value.node.hint) if isinstance(value, torch.SymInt) else value
 
 
+def _made_by(tensor: torch.Tensor) -> Any:
+    """The node of a traced tensor; None if it was written to, or looks at what was."""
+    mode = get_proxy_mode()
+    slot: Any = get_proxy_slot(tensor, mode.tracer, None) if mode is not None else None
+    return None if slot is None or tensor._version else slot.proxy.node
+
+
+def _all_true(mask: torch.Tensor) -> bool:
+    """Whether the traced ``mask`` is ones that the model made itself, at all sizes."""
+    node = _made_by(mask)
+    while isinstance(node, fx.Node) and node.target in _VIEWS | _CASTS:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return False
+    return node.target in _ONES or (node.target is aten.full.default and node.args[1] in (1, True))
+
+
 def _counts_up(positions: torch.Tensor) -> bool:
     """Whether the traced ``positions`` [b, s] are, in every row and at all sizes, an arange of step 1."""
-    mode = get_proxy_mode()
-    slot: Any = get_proxy_slot(positions, mode.tracer, None) if mode is not None else None
-    if slot is None or positions._version:  # written to, or a view of what was
-        return False
-    node: Any = slot.proxy.node
+    node = _made_by(positions)
     while isinstance(node, fx.Node) and node.target not in _ARANGES:
         if not _keeps_counting(node):
             return False
