@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import Tensor, nn
 
 from tpcompile.capture import capture
+from tpcompile.compiler import rewrite_captured
 from tpcompile.passes.canonicalize import canonicalize
 from tpcompile.passes.structure import structure
-from tpcompile.program import Program, Structure
+from tpcompile.program import DEFAULT, Options, Program, Structure
+from tpcompile.spec import Spec
 from tpcompile.structure import (
     Atom,
     Cat,
@@ -437,3 +440,19 @@ def test_unification_is_symmetric(unifier: Unifier) -> None:
         return " ".join(map(names, (rows, heads, dim, major, minor)))
 
     assert tied(False) == tied(True)
+
+
+@pytest.mark.parametrize("name", ["llama_few_kv", "gpt2"])
+def test_other_degrees_specs_and_options_leave_what_they_share_alone(name: str) -> None:
+    """The first passes run once for a captured model; no program tells whether others were made of it before."""
+    case = zoo.case(name)
+    captured = capture(case.model, (), case.inputs)
+
+    def text(degree: int, spec: Spec | None = case.spec, options: Options = DEFAULT) -> str:
+        inputs = ((), case.inputs)
+        return rewrite_captured(captured, spec, case.model, degree, inputs, options=options).text()
+
+    alone = text(2)
+    others = [text(4), text(3, None), text(2, options=Options(sequence_parallel=True))]
+    assert alone not in others
+    assert text(2) == alone
