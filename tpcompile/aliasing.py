@@ -104,13 +104,14 @@ def holders(graph: torch.fx.Graph) -> Holders:
 
 def aliases(node: torch.fx.Node, held: Holders) -> set[torch.fx.Node]:
     """Nodes that may share memory with ``node``: through ops that may view, and by the storage of their fake values."""
-    family = {node}
-    pending = [node]
+    family, pending, asked = {node}, [node], set[int]()
     while pending:
         found = pending.pop()
         near = [user for user in found.users if may_share(user) and found in viewed(user)]
         near += viewed(found) if may_share(found) else []
-        near += [other for storage in storages(found) for other in held.get(storage, ()) if _one_value(other)]
+        for storage in {*storages(found)} - asked:
+            asked.add(storage)
+            near += filter(_one_value, held.get(storage, ()))
         for other in near:
             if other not in family:
                 family.add(other)
