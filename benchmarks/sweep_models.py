@@ -727,8 +727,8 @@ library's own.
 * **whole**: equal, but every rank holds everything: nothing worth cutting was found, or nothing that can be cut.
 * *cut* is the share of the elements of all parameters that belongs to parameters that are cut; *used* is the share that
   the example call reads. Models of text and images are called with text alone, unless they need both.
-* *eager* rows are made in eval mode with attention written out (`attn_implementation="eager"`); the others with what the
-  class takes by default, mostly torch's fused attention.
+* *eager* rows are in eval mode with attention written out (`attn_implementation="eager"`), the others with what the
+  class takes by default, mostly fused attention.
 * *collectives* are those of activations in one step, forward + backward; *per layer* those inside repeated layers.
   Megatron's floor for a Transformer layer is 2 + 2, and 1 + 1 with a parallel residual.
 """

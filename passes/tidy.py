@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -18,7 +18,7 @@ from tpcompile import collectives
 from tpcompile.aliasing import is_inplace, may_share
 from tpcompile.collectives import run_length, transition_of
 from tpcompile.effects import drop_dead
-from tpcompile.layout import Mesh
+from tpcompile.layout import Mesh, axes_of
 from tpcompile.localize import per_rank
 from tpcompile.patterns import Match, Pattern, leaf, rewrite
 from tpcompile.program import Program, copy_graph
@@ -35,10 +35,11 @@ scatter = leaf(collectives.scatter)
 
 
 def tidy(program: Program) -> Program:
-    """Apply ``PATTERNS`` until none fits, compute equal sizes once, and drop what nothing uses."""
+    """Apply ``PATTERNS`` until none fits, compute equal sizes once, part dims at once, and drop what nothing uses."""
     module, graph = copy_graph(program.graph_module)
     rewrite(graph, PATTERNS, program, _written(graph))
     _share_sizes(graph)
+    _split(graph)
     drop_dead(graph)
     graph.lint()
     module.recompile()
@@ -323,6 +324,45 @@ def _share_sizes(graph: torch.fx.Graph) -> None:
         if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
+
+
+def _split(graph: torch.fx.Graph) -> None:
+    """Slices that part a whole dim are one split, and their gradients one concatenation: rotary halves."""
+    found: dict[tuple[Any, ...], dict[int, tuple[int, torch.fx.Node]]] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        if (part := _static_part(node)) is not None:
+            dim, start, end = part
+            found.setdefault((node.args[0], dim, node.meta.get("modules")), {})[start] = (end, node)
+    for (x, dim, _), parts in found.items():
+        starts = sorted(parts)
+        bounds = [*starts[1:], x.meta["val"].shape[dim]]
+        if len(parts) < 2 or starts[0] != 0 or [parts[start][0] for start in starts] != bounds:
+            continue
+        slices = [parts[start][1] for start in starts]
+        with graph.inserting_before(min(slices)):
+            sizes = [end - start for start, end in zip(starts, bounds, strict=True)]
+            made = graph.create_node("call_function", aten.split_with_sizes.default, (x, sizes, dim), name="split")
+            made.meta = dict(slices[0].meta) | {
+                key: tuple(node.meta[key] for node in slices) for key in ("val", "placement")
+            }
+            items = [graph.call_function(operator.getitem, (made, index)) for index in range(len(slices))]
+        for node, item in zip(slices, items, strict=True):
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item)
+            graph.erase_node(node)
+
+
+def _static_part(node: torch.fx.Node) -> tuple[int, int, int] | None:
+    """``(dim, start, end)`` of a slice with known bounds of a dim that every rank holds whole."""
+    given: Any = node.args
+    x, dim, start, end, step = cast("tuple[Any, ...]", (*given, *(0, 0, None, None, 1)[len(given) :]))
+    value, placed = x.meta["val"], x.meta.get("placement")
+    if node.kwargs or step != 1 or placed is None or axes_of(placed.dims[dim]):
+        return None
+    size, start = value.shape[dim], start or 0
+    if not all(isinstance(n, int) for n in (size, start, end)) or not 0 <= start <= end:
+        return None
+    return dim % value.dim(), start, min(size, end)
 
 
 __all__ = ["PATTERNS", "tidy"]

@@ -46,12 +46,11 @@ def outcome(function: Callable[..., Any], sample: Sample) -> list[Tensor]:
     torch.manual_seed(0)
     result = function(*args, **kwargs)
     operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
-    if isinstance(result, int):
-        return [torch.tensor(result)]
-    if not (isinstance(result, Tensor) and result.requires_grad):
-        return [result]
-    weights = torch.linspace(1, 2, result.numel(), dtype=result.dtype).view(result.shape)
-    return [result, *torch.autograd.grad((result * weights).sum(), operands, materialize_grads=True)]
+    results = [torch.tensor(x) if isinstance(x, int) else x for x in pytree.tree_leaves(result)]
+    if not results[0].requires_grad:
+        return results
+    weighted = [(x * torch.linspace(1, 2, x.numel(), dtype=x.dtype).view(x.shape)).sum() for x in results]
+    return [*results, *torch.autograd.grad(torch.stack(weighted).sum(), operands, materialize_grads=True)]
 
 
 def same(function: Callable[..., Any], op: Callable[..., Any], sample: Sample) -> bool:

@@ -15,9 +15,11 @@ from pattern_truth import Given, failures
 from tpcompile.collectives import Parts, balanced
 from tpcompile.compiler import rewrite_captured
 from tpcompile.equivalence import verify_program
+from tpcompile.layout import Leaf
 from tpcompile.passes import PIPELINE
 from tpcompile.passes.tidy import PATTERNS, tidy
 from tpcompile.patterns import Pattern, explain, write
+from tpcompile.placement import Placement
 from tpcompile.program import Pass, Program
 from tpcompile.rules import op_name
 
@@ -272,6 +274,41 @@ def test_equal_sizes_are_computed_once_in_a_module() -> None:
 
 def program_input(program: Program) -> torch.fx.Node:
     return next(node for node in program.graph.nodes if node.op == "placeholder")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "parted"),
+    [
+        (((0, 2), (2, 2**63 - 1)), [2, 2]),
+        (((3, 4), (0, 1), (1, 3)), [1, 2, 1]),
+        (((0, 2), (3, 4)), None),  # a gap
+        (((0, 3), (2, 4)), None),  # twice
+        (((1, 2), (2, 4)), None),  # not from the start
+        (((0, 2), (2, 3)), None),  # not to the end
+        (((0, 4),), None),
+        (((0, -2), (2, 4)), None),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_slices_that_part_a_whole_dim_are_one_split(
+    bounds: tuple[tuple[int, int], ...], parted: list[int] | None, whole: bool
+) -> None:
+    value = torch.arange(12.0).view(3, 4)
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    made = [
+        graph.call_function(aten.neg.default, (graph.call_function(aten.slice.Tensor, (x, 1, *b)),)) for b in bounds
+    ]
+    graph.output(tuple(made))
+    placed = Placement(("H",), (Leaf(3), Leaf(4))) if whole else Placement(("S",), (Leaf(3), Leaf(8, (0,))))
+    for node in graph.nodes:
+        node.meta |= {"val": value, "placement": placed}
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    expected = module(value)
+    tidied = tidy(Program(zoo.case("mlp").captured, module, 2))
+    splits = tidied.graph.find_nodes(op="call_function", target=aten.split_with_sizes.default)
+    assert [node.args[1] for node in splits] == ([parted] if parted and whole else [])
+    assert all(map(torch.equal, tidied.graph_module(value), expected))
 
 
 def test_what_an_in_place_op_writes_is_left_alone() -> None:

@@ -31,7 +31,7 @@ BINDINGS: Mapping[object, Callable[..., Any]] = {
     **_of(torch, "add.Tensor sub.Tensor mul.Tensor div.Tensor pow.Tensor_Scalar neg exp log rsqrt tanh sigmoid relu"),
     **_of(torch, "mm bmm addmm matmul layer_norm rms_norm softmax.int dropout embedding mean.dim"),
     **_of(torch, "sum.dim_IntList cat transpose.int unsqueeze squeeze.dim reshape detach masked_fill.Scalar"),
-    **_of(torch, "cos sin cumsum eq.Tensor ne.Scalar le.Tensor"),
+    **_of(torch, "cos sin cumsum eq.Tensor ne.Scalar le.Tensor split_with_sizes"),
     **_of(torch.Tensor, "view expand permute contiguous"),
     torch.ops.aten.sym_size.int: torch.Tensor.size,
     torch.ops.aten.to.dtype: torch.Tensor.to,
