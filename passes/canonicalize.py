@@ -69,8 +69,8 @@ def _slice(site: Site) -> torch.fx.Node | None:
     if _writes(site.graph):
         return None  # a part is not the memory of the concatenation
     bounds = [0 if site.arg("start") is None else site.arg("start"), site.arg("end")]
-    parts = argument(source, "tensors")
-    total = source.meta["val"].shape[dim]
+    total, rank = source.meta["val"].shape[dim], source.meta["val"].dim()
+    parts = [p for p in argument(source, "tensors") if p.meta["val"].dim() == rank]  # (cat leaves out what is [0])
     if not all(isinstance(n, int) for n in (total, bounds[0], *(p.meta["val"].shape[dim] for p in parts))):
         return None
     first = max(bounds[0] + total if bounds[0] < 0 else bounds[0], 0)

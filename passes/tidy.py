@@ -333,8 +333,9 @@ def _split(graph: torch.fx.Graph) -> None:
         if (part := _static_part(node)) is not None:
             dim, start, end = part
             found.setdefault((node.args[0], dim, node.meta.get("modules")), {})[start] = (end, node)
-    for (x, dim, _), parts in found.items():
+    for (_, dim, _), parts in found.items():
         starts = sorted(parts)
+        x: Any = parts[starts[0]][1].args[0]  # (a slice itself, perhaps, of which there is a split by now)
         bounds = [*starts[1:], x.meta["val"].shape[dim]]
         if len(parts) < 2 or starts[0] != 0 or [parts[start][0] for start in starts] != bounds:
             continue

@@ -69,3 +69,19 @@ def test_a_graph_that_is_not_the_model_is_not_excused() -> None:
     assert not report.ok
     assert report.output_error < 1e-11
     assert verify_program(given, model, inputs).ok
+
+
+def test_a_cache_that_counts_in_python_is_compared() -> None:
+    """Its sliding layers count tokens in numbers, which a graph returns as numbers, too; gradients as without it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=4, vocab_size=32, sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForCausalLM(config)
+    given = {"input_ids": torch.randint(0, 32, (2, 6)), "use_cache": True}
+    assert any("cumulative_length" in str(vars(layer)) for layer in model(**given).past_key_values.layers)
+    report = tpcompile.verify(model, degree=2, example_inputs=given)
+    assert report.ok, report.mismatch
+    assert report.native_gradient_error < 1e-4

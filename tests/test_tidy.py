@@ -311,6 +311,22 @@ def test_slices_that_part_a_whole_dim_are_one_split(
     assert all(map(torch.equal, tidied.graph_module(value), expected))
 
 
+def test_parts_of_parts_are_splits_of_splits() -> None:
+    """Rotary halves of a rotary part."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    left, right = (graph.call_function(aten.slice.Tensor, (x, 1, low, low + 4)) for low in (0, 4))
+    halves = [graph.call_function(aten.slice.Tensor, (left, -1, low, low + 2)) for low in (0, 2)]
+    graph.output(tuple(graph.call_function(aten.neg.default, (part,)) for part in (*halves, right)))
+    for node, size in zip(graph.nodes, (8, 4, 4, 2, 2, 2, 2, 4, 0), strict=True):
+        node.meta |= {"val": torch.zeros(3, size), "placement": Placement(("H",), (Leaf(3), Leaf(size)))}
+    module, value = torch.fx.GraphModule(torch.nn.Module(), graph), torch.arange(24.0).view(3, 8)
+    expected = module(value)
+    tidied = tidy(Program(zoo.case("mlp").captured, module, 2))
+    assert ops(tidied).count("aten.split_with_sizes.default") == 2
+    assert all(map(torch.equal, tidied.graph_module(value), expected))
+
+
 def test_what_an_in_place_op_writes_is_left_alone() -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")

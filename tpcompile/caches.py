@@ -302,6 +302,19 @@ def call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     return closed(function(*args, **kwargs), live)
 
 
+def leaves(result: Any) -> list[Any]:
+    """What :func:`call` returned, flat, as a graph returns it: counts are numbers."""
+    found: list[Any] = []
+    for x in pytree.tree_leaves(result, is_leaf=_is_packed):
+        if not _is_packed(x):
+            found.append(x)
+            continue
+        for path, tensor in zip(x.shell.leaves, x.tensors, strict=True):
+            counted = path[-1] in COUNTS and isinstance(tensor, torch.Tensor) and tensor.dim() == 1
+            found.append(tensor.shape[0] if counted else tensor)
+    return found
+
+
 def _own_memory(cache: Packed) -> Packed:
     """Copies of the tensors that layers write into; growing ones only concatenate."""
     grows = all(_is(x, "DynamicLayer") and not _is(x, "LinearAttentionLayer") for x in _layers(cache.shell.template))
@@ -357,6 +370,7 @@ __all__ = [
     "closed",
     "cut_of",
     "is_cache",
+    "leaves",
     "mark_cut",
     "opened",
     "packed",

@@ -173,7 +173,7 @@ def check_capture(program: Program, model: nn.Module, args: tuple[Any, ...], kwa
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     try:
         with _same_random_numbers():
-            expected = [_plain(x) for x in pytree.tree_leaves(caches.call(model, args, kwargs))]
+            expected = [_plain(x) for x in caches.leaves(caches.call(model, args, kwargs))]
     finally:
         with torch.no_grad():
             for n, b in model.named_buffers():
@@ -296,7 +296,7 @@ def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         for p in model.parameters():
             p.grad = None
         with _same_random_numbers():
-            leaves = list(pytree.tree_leaves(caches.call(model, *inputs)))
+            leaves = caches.leaves(caches.call(model, *inputs))
             backward(leaves)
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
