@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx
@@ -18,8 +18,8 @@ from tpcompile import collectives
 from tpcompile.aliasing import is_inplace, may_share
 from tpcompile.collectives import run_length, transition_of
 from tpcompile.effects import drop_dead
-from tpcompile.layout import Mesh, axes_of
-from tpcompile.localize import per_rank
+from tpcompile.layout import Mesh
+from tpcompile.localize import known_part, per_rank
 from tpcompile.patterns import Match, Pattern, leaf, rewrite
 from tpcompile.program import Program, copy_graph
 
@@ -330,7 +330,7 @@ def _split(graph: torch.fx.Graph) -> None:
     """Slices that part a whole dim are one split, and their gradients one concatenation: rotary halves."""
     found: dict[tuple[Any, ...], dict[int, tuple[int, torch.fx.Node]]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
-        if (part := _static_part(node)) is not None:
+        if (part := known_part(node)) is not None:
             dim, start, end = part
             found.setdefault((node.args[0], dim, node.meta.get("modules")), {})[start] = (end, node)
     for (_, dim, _), parts in found.items():
@@ -351,19 +351,6 @@ def _split(graph: torch.fx.Graph) -> None:
             item.meta = dict(node.meta)
             node.replace_all_uses_with(item)
             graph.erase_node(node)
-
-
-def _static_part(node: torch.fx.Node) -> tuple[int, int, int] | None:
-    """``(dim, start, end)`` of a slice with known bounds of a dim that every rank holds whole."""
-    given: Any = node.args
-    x, dim, start, end, step = cast("tuple[Any, ...]", (*given, *(0, 0, None, None, 1)[len(given) :]))
-    value, placed = x.meta["val"], x.meta.get("placement")
-    if node.kwargs or step != 1 or placed is None or axes_of(placed.dims[dim]):
-        return None
-    size, start = value.shape[dim], start or 0
-    if not all(isinstance(n, int) for n in (size, start, end)) or not 0 <= start <= end:
-        return None
-    return dim % value.dim(), start, min(size, end)
 
 
 __all__ = ["PATTERNS", "tidy"]

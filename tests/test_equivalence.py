@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tpcompile
+from tpcompile import equivalence
 from tpcompile.equivalence import verify_program
 from tpcompile.program import Program, copy_graph
 
@@ -50,6 +51,13 @@ def test_a_model_that_amplifies_rounding_is_equal(gain: float) -> None:
     assert report.ok, report.mismatch
     assert (report.native_output_error > torch.finfo(torch.float32).eps ** 0.5) == (gain > 1)
     assert report.output_error < 1e-11
+
+
+def test_what_is_allowed_to_rounding_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, model, inputs = program(1e4)
+    native = verify_program(given, model, inputs).native_output_error
+    monkeypatch.setattr(equivalence, "MOST", native / 2)
+    assert not verify_program(given, model, inputs).ok
 
 
 def test_a_narrower_dtype_is_no_rounding() -> None:

@@ -8,12 +8,12 @@ The graph keeps the ops, which have one name each; only the code that is made of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx
 
-from tpcompile.layout import axes_of
+from tpcompile.localize import known_part
 
 _nn: Any = getattr(getattr(torch, "_C"), "_nn")  # noqa: B009 - where torch.nn.functional has them from
 
@@ -52,14 +52,9 @@ def bind_directly(graph: torch.fx.Graph) -> None:
 
 def _narrow(node: torch.fx.Node) -> None:
     """A slice with known ends of a dim that every rank holds whole is a ``narrow``, which is bound ahead of time."""
-    given: Any = node.args
-    x, dim, start, end, step = cast("tuple[Any, ...]", (*given, *(0, 0, None, None, 1)[len(given) :]))
-    value, placed = x.meta.get("val"), x.meta.get("placement")
-    if node.kwargs or step != 1 or value is None or placed is None or axes_of(placed.dims[dim]):
-        return
-    size, start = value.shape[dim], 0 if start is None else start
-    if all(isinstance(n, int) for n in (size, start, end)) and 0 <= start <= min(size, end):
-        node.target, node.args = torch.narrow, (x, dim, start, min(size, end) - start)
+    if (part := known_part(node)) is not None:
+        dim, start, end = part
+        node.target, node.args = torch.narrow, (node.args[0], dim, start, end - start)
 
 
 __all__ = ["BINDINGS", "bind_directly"]

@@ -36,7 +36,8 @@ from tpcompile.simulate import Simulation
 from tpcompile.widen import widen_graph
 
 TOLERANCE = 1e-10
-NUDGES = 16  # in the model's own precision, errors may be so many times those of a last bit in every parameter
+NUDGES = 16  # in the model's own precision, errors may be so many times those of a last bit in every parameter,
+MOST = 0.05  # and no larger than this
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,8 @@ def _rounding(program: Program, flat: Sequence[torch.Tensor], eager: Run, allowe
         signs = torch.randint(0, 2, x.shape, generator=generator).mul_(2).sub_(1).to(x)
         return x.detach() * (1 + signs * torch.finfo(x.dtype).eps)
 
-    return NUDGES * max(_errors(plain, run(program, captured.graph_module, flat, nudged)))
+    moved = NUDGES * max(_errors(plain, run(program, captured.graph_module, flat, nudged)))
+    return min(moved, MOST) if math.isfinite(moved) else 0.0
 
 
 def _errors(expected: Run, got: Run) -> tuple[float, float]:

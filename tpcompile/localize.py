@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -22,6 +22,19 @@ from tpcompile.sentence import Call, Sentence
 def per_rank(values: list[Any]) -> Any:
     """The value itself where all ranks agree, else a :class:`PerRank`."""
     return values[0] if all(v == values[0] for v in values) else PerRank(tuple(values))
+
+
+def known_part(node: torch.fx.Node) -> tuple[int, int, int] | None:
+    """``(dim, start, end)`` of a slice, where its bounds are known and every rank holds the dim whole; else None."""
+    given: Any = node.args
+    x, dim, start, end, step = cast("tuple[Any, ...]", (*given, *(0, 0, None, None, 1)[len(given) :]))
+    value, placed = x.meta.get("val"), x.meta.get("placement")
+    if node.kwargs or step != 1 or value is None or placed is None or axes_of(placed.dims[dim]):
+        return None
+    length, start = value.shape[dim], start or 0
+    if not all(isinstance(n, int) for n in (length, start, end)) or not 0 <= start <= min(length, end):
+        return None
+    return dim % value.dim(), start, min(length, end)
 
 
 def _unknown(value: torch.fx.Node, dim: int) -> Any:
