@@ -109,8 +109,11 @@ def test_a_cut_vanishes_where_its_axis_is_broadcast(degree: int) -> None:
     assert report.collectives == without.collectives
 
 
+SDPA = "aten.scaled_dot_product_attention.default"
+
+
 def test_repeated_kv_heads_are_repeated_only_as_often_as_needed() -> None:
-    """Four ranks on two kv heads: each repeats its kv head for its own query heads."""
+    """Four ranks on two kv heads: each repeats its kv head for its own query heads, inside of attention."""
     case = zoo.case("llama_few_kv", 1)
     without, with_ = (
         rewrite_captured(case.captured, case.spec, case.model, 4, ((), case.inputs), pipeline)
@@ -119,7 +122,8 @@ def test_repeated_kv_heads_are_repeated_only_as_often_as_needed() -> None:
     report = verify_program(with_, case.model, case.inputs)
     assert report.ok, report.mismatch
     sizes: list[list[Any]] = [[n.args[1] for n in calls(p, "aten.expand.default")] for p in (without, with_)]
-    assert [[size[2] for size in own if len(size) == 5] for own in sizes] == [[4, 4], [2, 2]]
+    assert [[size[2] for size in own if len(size) == 5] for own in sizes] == [[4, 4], []]
+    assert [node.kwargs.get("enable_gqa", False) for p in (without, with_) for node in calls(p, SDPA)] == [False, True]
     assert [transitions(p).count("cut") for p in (without, with_)] == [2, 0]
     assert report.collectives == without.collectives
 

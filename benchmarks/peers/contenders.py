@@ -86,9 +86,8 @@ def floor(work: Workload, training: bool, dtype: torch.dtype, sequence_parallel:
     """See :mod:`benchmarks.peers.floor`."""
     model = _model(work, training, dtype)
     made = Floor(work, model, sequence_parallel)
-    return Running(
-        made.parameters(), made.logits, made.loss, partial(made.gradients, model.to("meta")), made.after_backward
-    )
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return Running(made.parameters(), made.logits, made.loss, partial(made.gradients, shapes), made.after_backward)
 
 
 # ------------------------------------------------------------------------------------------------ tpcompile

@@ -405,10 +405,10 @@ class Floor:
             for grad, total in zip(grads, bucket.split([g.numel() for g in grads]), strict=True):
                 grad.copy_(total.view_as(grad))
 
-    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """Whole gradients under the model's own names."""
+    def gradients(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Whole gradients of the model's own parameters, each once, by name."""
         zeros = partial(torch.zeros, dtype=self.embed.dtype, requires_grad=True)
-        whole = {name: zeros(p.shape) for name, p in model.named_parameters()}
+        whole = {name: zeros(shape) for name, shape in shapes.items()}
         parts = packed(self.work, whole, self.rank, self.ranks)
         grads = [g if is_cut(name) else g / self.ranks for name, x in self.weights.items() if (g := x.grad) is not None]
         torch.autograd.backward([parts[name] for name, x in self.weights.items() if x.grad is not None], grads)
