@@ -52,15 +52,23 @@ def _other_dtype(match: Match) -> str | None:
     return None if x == y else f"x is {x} and y is {y}: the message would be in the wider of the two"
 
 
-def _no_bias(match: Match) -> str | None:
-    """Whether ``b`` cannot be the bias of the product whose result, in the root's last dim, it is added to."""
-    if not isinstance(match["b"], torch.fx.Node):
-        return "b is a number"
-    b, out = match["b"].meta["val"], match.root.meta["val"]
-    if _exact(b.shape) != _exact(out.shape[-1:]):
-        return f"b is {list(b.shape)}, not one number for each of the {out.shape[-1]} columns"
-    dtypes = {match[v].meta["val"].dtype for v in "xwb"}
-    return None if len(dtypes) == 1 else f"a product with bias takes one dtype, not {sorted(map(str, dtypes))}"
+def _not_per_column(name: str, operands: str, what: str) -> Any:
+    """Whether a variable has not one number for each column of the root's value, or another dtype than ``operands``."""
+
+    def reason(match: Match) -> str | None:
+        if not isinstance(match[name], torch.fx.Node):
+            return f"{name} is a number"
+        x, out = match[name].meta["val"], match.root.meta["val"]
+        if _exact(x.shape) != _exact(out.shape[-1:]):
+            return f"{name} is {list(x.shape)}, not one number for each of the {out.shape[-1]} columns"
+        dtypes = {match[v].meta["val"].dtype for v in operands}
+        return None if len(dtypes) == 1 else f"{what} takes one dtype, not {sorted(map(str, dtypes))}"
+
+    return reason
+
+
+_no_bias = _not_per_column("b", "xwb", "a product with bias")
+_no_weight = _not_per_column("w", "xw", "a norm with weight")
 
 
 def _changes(neutral: int) -> Any:
@@ -106,17 +114,6 @@ def _unusual_norm(match: Match) -> str | None:
     if not isinstance(eps, (int, float)) or not isinstance(x.shape[-1], int):
         return "eps and the width must be known"
     return _narrow(match)
-
-
-def _no_weight(match: Match) -> str | None:
-    """Whether ``w`` is no weight of the norm that it is multiplied with."""
-    if not isinstance(match["w"], torch.fx.Node):
-        return "w is a number"
-    w, out = match["w"].meta["val"], match.root.meta["val"]
-    if _exact(w.shape) != _exact(out.shape[-1:]):
-        return f"w is {list(w.shape)}, not one number for each of the {out.shape[-1]} columns"
-    dtypes = {match[v].meta["val"].dtype for v in "xw"}
-    return None if len(dtypes) == 1 else f"a norm with weight takes one dtype, not {sorted(map(str, dtypes))}"
 
 
 def _other_repeats(match: Match) -> str | None:
