@@ -13,7 +13,7 @@ import zoo
 from distributed import run
 from torch import Tensor
 
-from tpcompile import collectives, kernels
+from tpcompile import collectives, kernels, layers
 from tpcompile.compiler import rewrite_captured
 from tpcompile.module import TensorParallel
 from tpcompile.passes import PIPELINE
@@ -261,6 +261,7 @@ def step(case: zoo.Case, program: Program) -> tuple[list[Tensor | None], int]:
 
     table: Any = collectives.PRIMITIVES
     table["all_reduce"] = counting
+    together, layers.call_together = layers.call_together, lambda graph: None  # which owns its gradient
     try:
         assert dist.group.WORLD is not None
         module = TensorParallel(case.model, program, case.spec, dist.group.WORLD)
@@ -274,7 +275,7 @@ def step(case: zoo.Case, program: Program) -> tuple[list[Tensor | None], int]:
             found.append(output.detach().clone())
         return found + [x.grad for x in (*inputs.values(), *module.parameters())], count
     finally:
-        table["all_reduce"] = real
+        table["all_reduce"], layers.call_together = real, together
 
 
 def shared(inplace: bool) -> list[Tensor | None]:

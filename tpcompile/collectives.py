@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import distributed_c10d as c10d
 
 from tpcompile.errors import TpcompileError
-from tpcompile.failures import issue
+from tpcompile.failures import begin, issue
 
 Runs = tuple[tuple[int, int], ...]
 """Runs ``(start, length)`` of one dim, in local order."""
@@ -271,8 +272,22 @@ def _seat(group: str) -> tuple[int, int]:
 setattr(_seat, "_dynamo_marked_constant", True)  # noqa: B010 - assume_constant_result, without importing Dynamo
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
 def _traced(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd looks on: no tracer, no tensor of another kind, no transform of torch.func."""
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
+        and not _functorch_is_active()
+    )
 
 
 def _renamed(*names: str) -> Callable[..., Any]:
@@ -281,6 +296,7 @@ def _renamed(*names: str) -> Callable[..., Any]:
 
 
 _functional = torch.ops._c10d_functional
+_functorch_is_active: Callable[[], bool] = getattr(getattr(torch, "_C"), "_are_functorch_transforms_active")  # noqa: B009
 _all_gather_single = _renamed("all_gather_single", "all_gather_into_tensor")  # since 2.13, until then
 _reduce_scatter_single = _renamed("reduce_scatter_single", "reduce_scatter_tensor")
 
@@ -404,11 +420,15 @@ def _reduce_scatter(x: Tensor, dim: int, where: Where, group: str, owned: bool) 
     if _traced(x):
         mine = _functional.wait_tensor(_functional.reduce_scatter_tensor(stacked, "sum", size, group))
     else:
-        mine = stacked.new_empty([stacked.shape[0] // size, *stacked.shape[1:]])
+        mine = _member_of(stacked, size)
         if mine.numel():
             issue(_reduce_scatter_single, mine, stacked, group=resolve_group(group))
     length = run_length(parts[index])
     return mine if length == longest else pick_copy(mine, dim, ((0, length),))
+
+
+def _member_of(stacked: Tensor, size: int) -> Tensor:
+    return stacked.new_empty([stacked.shape[0] // size, *stacked.shape[1:]])
 
 
 PRIMITIVES: Mapping[str, Callable[[Tensor, int, Where, str, bool], Tensor]] = {
@@ -449,11 +469,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         forward, backward, dim, where, group, _, own = ctx.call
         if torch.is_grad_enabled():
-            return _apply(grads[0], backward, forward.removeprefix("pending_"), dim, where, group), None
+            return apply(grads[0], backward, forward.removeprefix("pending_"), dim, where, group), None
         return PRIMITIVES[backward](grads[0], dim, where, group, own), None
 
 
-def _apply(
+def apply(
     x: Tensor,
     forward: str,
     backward: str,
@@ -463,6 +483,7 @@ def _apply(
     own: bool = False,
     own_grad: bool = False,
 ) -> Tensor:
+    """One primitive on x whose gradient is made by another one; ``own`` and ``own_grad`` may be overwritten."""
     if torch.compiler.is_exporting():
         return _exported(x, forward, backward, dim, _encode(where), group)
     if not (torch.is_grad_enabled() and x.requires_grad):
@@ -470,6 +491,25 @@ def _apply(
     # autograd copies more for a view than one clone, and refuses a leaf
     own = own and not _traced(x) and not x.is_leaf and not x._is_view()
     return cast("Tensor", _Linear.apply(x, (forward, backward, dim, where, group, own, own_grad)))
+
+
+def begun(row: Transition, grad: Tensor, dim: int, where: Where, group: str) -> Callable[[], Tensor]:
+    """Start the backward of ``copy`` or ``all_gather`` in eager, which may overwrite ``grad``; the result waits for it.
+
+    What cannot be started, or must be differentiable itself, is done at once.
+    """
+    members = resolve_group(group)
+    size = members.size()
+    parts: Parts = parts_of(where, size) if row.backward == "reduce_scatter" else ()
+    uneven = len({run_length(runs) for runs in parts}) > 1  # it must be unpadded
+    if torch.is_grad_enabled() or size == 1 or not grad.numel() or uneven:
+        done = apply(grad, row.backward, row.forward, dim, where, group)
+        return lambda: done
+    if row.backward == "all_reduce":
+        return begin(grad, dist.all_reduce, grad, group=members)
+    stacked = _stacked(grad, dim, parts)
+    mine = _member_of(stacked, size)
+    return begin(mine, _reduce_scatter_single, mine, stacked, group=members)
 
 
 class _LinearMany(torch.autograd.Function):
@@ -489,7 +529,7 @@ class _LinearMany(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return None, None, None, *_many(forward, grads, ctx.group)
         forward = MESSAGES.get(forward, forward)  # one by one
-        return None, None, None, *(None if g is None else _apply(g, forward, backward, 0, (), ctx.group) for g in grads)
+        return None, None, None, *(None if g is None else apply(g, forward, backward, 0, (), ctx.group) for g in grads)
 
 
 def _many(primitive: str, xs: Sequence[Tensor | None], group: str) -> list[Tensor | None]:
@@ -606,7 +646,7 @@ def copy(x: Tensor, group: str, inplace_backward: bool = False) -> Tensor:
     if not (x.requires_grad or torch.compiler.is_exporting()):
         return x
     row = TRANSITIONS["copy"]
-    return _apply(x, row.forward, row.backward, 0, (), group, False, inplace_backward)
+    return apply(x, row.forward, row.backward, 0, (), group, False, inplace_backward)
 
 
 def all_reduce(x: Tensor, group: str, inplace: bool = False, pending: bool = False) -> Tensor:
@@ -615,13 +655,30 @@ def all_reduce(x: Tensor, group: str, inplace: bool = False, pending: bool = Fal
     ``inplace`` lets the sum overwrite x, where it is contiguous and autograd allows it. ``pending`` only starts it: the
     result may be read by :func:`wait` alone.
     """
+    if inplace and not pending and _may_overwrite(x):
+        return _overwritten(x, group)
     row = TRANSITIONS["all_reduce"]
-    return _apply(x, _begun(row.forward, pending), row.backward, 0, (), group, inplace and not pending, False)
+    return apply(x, _begun(row.forward, pending), row.backward, 0, (), group, inplace and not pending, False)
+
+
+def _may_overwrite(x: Tensor) -> bool:
+    """Whether x can be summed where it is without autograd: contiguous, and no leaf or view of what it knows."""
+    return is_eager(x) and x.is_contiguous() and not (x.requires_grad and (x.is_leaf or x._is_view()))
+
+
+def _overwritten(x: Tensor, group: str) -> Tensor:
+    """The sum over ``group``, written over x. Its gradient is that of x, so autograd needs no node for it; that x is
+    another one now, it is told by the version, and whoever kept x for backward is refused there."""
+    if not x.requires_grad:
+        return PRIMITIVES["all_reduce"](x, 0, (), group, True)
+    PRIMITIVES["all_reduce"](x.detach(), 0, (), group, True)
+    torch.autograd.graph.increment_version(x)
+    return x
 
 
 def wait(x: Tensor) -> Tensor:
     """x itself, once the ``pending`` collective that makes it is done; the gradient passes as it is."""
-    return x if torch.compiler.is_exporting() else _apply(x, "wait", "identity", 0, (), "")
+    return x if torch.compiler.is_exporting() else apply(x, "wait", "identity", 0, (), "")
 
 
 def _begun(primitive: str, pending: bool) -> str:
@@ -636,13 +693,13 @@ def gather(x: Tensor, dim: int, parts: Where | None, group: str) -> Tensor:
     collective, and is refused when compiled. Raises ValueError if x is not this member's part.
     """
     row, dim = TRANSITIONS["gather"], _axis(x, dim)
-    return _apply(x, row.forward, row.backward, dim, _where_of_part(x, dim, parts, group), group)
+    return apply(x, row.forward, row.backward, dim, _where_of_part(x, dim, parts, group), group)
 
 
 def all_gather(x: Tensor, dim: int, parts: Where | None, group: str) -> Tensor:
     """S -> H: the whole, as ``gather``; the gradients are partial, and are summed and cut in a reduce-scatter."""
     row, dim = TRANSITIONS["all_gather"], _axis(x, dim)
-    return _apply(x, row.forward, row.backward, dim, _where_of_part(x, dim, parts, group), group)
+    return apply(x, row.forward, row.backward, dim, _where_of_part(x, dim, parts, group), group)
 
 
 def scatter(x: Tensor, dim: int, parts: Where | None, group: str) -> Tensor:
@@ -651,13 +708,13 @@ def scatter(x: Tensor, dim: int, parts: Where | None, group: str) -> Tensor:
     ``parts`` None: balanced. Raises ValueError if ``parts`` are not of a dim of x's size.
     """
     row, dim = TRANSITIONS["scatter"], _axis(x, dim)
-    return _apply(x, row.forward, row.backward, dim, _where_of_whole(x, dim, parts), group)
+    return apply(x, row.forward, row.backward, dim, _where_of_whole(x, dim, parts), group)
 
 
 def cut(x: Tensor, dim: int, parts: Where | None, group: str) -> Tensor:
     """H -> S: this member's part of x along ``dim``; the gradient stays partial: zeros elsewhere, nothing is sent."""
     row, dim = TRANSITIONS["cut"], _axis(x, dim)
-    return _apply(x, row.forward, row.backward, dim, _where_of_whole(x, dim, parts), group)
+    return apply(x, row.forward, row.backward, dim, _where_of_whole(x, dim, parts), group)
 
 
 def reduce_scatter(x: Tensor, dim: int, parts: Where | None, group: str, pending: bool = False) -> Tensor:
@@ -666,25 +723,25 @@ def reduce_scatter(x: Tensor, dim: int, parts: Where | None, group: str, pending
     ``pending`` only starts it: the result may be read by :func:`wait` alone.
     """
     row, dim = TRANSITIONS["reduce_scatter"], _axis(x, dim)
-    return _apply(x, _begun(row.forward, pending), row.backward, dim, _where_of_whole(x, dim, parts), group)
+    return apply(x, _begun(row.forward, pending), row.backward, dim, _where_of_whole(x, dim, parts), group)
 
 
 def once(x: Tensor, group: str) -> Tensor:
     """R -> P: x on the first member of ``group``, zeros on the others; the gradient passes as it is."""
     row = TRANSITIONS["once"]
-    return _apply(x, row.forward, row.backward, 0, (), group)
+    return apply(x, row.forward, row.backward, 0, (), group)
 
 
 def leave(x: Tensor, group: str) -> Tensor:
     """H -> R: x itself; the gradient is kept on the first member of ``group`` and zero on the others."""
     row = TRANSITIONS["leave"]
-    return _apply(x, row.forward, row.backward, 0, (), group)
+    return apply(x, row.forward, row.backward, 0, (), group)
 
 
 def copy_segments(x: Tensor, dim: int, runs: Runs, group: str) -> Tensor:
     """R -> H on the local indices ``runs`` of ``dim``, nothing elsewhere: f for a cut dim with replicated segments."""
     row, dim = TRANSITIONS["copy_segments"], _axis(x, dim)
-    return _apply(x, row.forward, row.backward, dim, (tuple(runs),), group)
+    return apply(x, row.forward, row.backward, dim, (tuple(runs),), group)
 
 
 def copy_all(xs: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
@@ -704,4 +761,4 @@ def all_reduce_max(x: Tensor, group: str) -> Tensor:
     if x.requires_grad:
         raise ValueError("all_reduce_max has no gradient: detach its operand")
     row = STATISTICS["all_reduce_max"]
-    return _apply(x, row.forward, row.backward, 0, (), group)
+    return apply(x, row.forward, row.backward, 0, (), group)

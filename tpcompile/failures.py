@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
@@ -34,8 +34,32 @@ def issue(collective: Callable[..., Any], *args: Any, group: dist.ProcessGroup, 
     try:
         collective(*args, group=group, **options)
     except RuntimeError as error:
-        called = f"{collective.__name__} of {list(args[-1].shape)} {args[-1].dtype}"
-        raise explained(error, called, group) from error
+        raise explained(error, _called(collective, args), group) from error
+
+
+T = TypeVar("T")
+
+
+def begin(result: T, collective: Callable[..., Any], *args: Any, group: dist.ProcessGroup) -> Callable[[], T]:
+    """Only start what :func:`issue` runs; the returned function waits for it, and gives ``result`` then."""
+
+    def waited() -> T:
+        try:
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise explained(error, _called(collective, args), group) from error
+        return result
+
+    try:
+        work = collective(*args, group=group, async_op=True)
+    except RuntimeError as error:
+        raise explained(error, _called(collective, args), group) from error
+    return waited
+
+
+def _called(collective: Callable[..., Any], args: Sequence[Any]) -> str:
+    return f"{collective.__name__} of {list(args[-1].shape)} {args[-1].dtype}"
 
 
 def explained(error: RuntimeError, called: str, group: dist.ProcessGroup) -> PeerError:
@@ -82,4 +106,4 @@ def _heard(called: str, group: dist.ProcessGroup) -> dict[int, str]:
     return found
 
 
-__all__ = ["PeerError", "issue", "store_key"]
+__all__ = ["PeerError", "begin", "issue", "store_key"]

@@ -23,11 +23,8 @@ def embedding_rows(weight: torch.Tensor, ids: torch.Tensor, held: Runs, padding_
     Raises:
         IndexError: an id lies outside the table (checked on the CPU, as ``aten.embedding`` does).
     """
-    if _readable(ids):
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= total:
-            raise IndexError(f"index out of range: ids run from {low} to {high}, the embedding has {total} rows")
-    elsewhere, local = _locate(ids, held)
+    check_indices(ids, total, "the embedding has {} rows")
+    elsewhere, local = locate(ids, held)
     padding, first = None, 0
     for start, length in held:
         if start <= padding_idx < start + length:
@@ -44,11 +41,8 @@ def gather_part(x: torch.Tensor, dim: int, index: torch.Tensor, held: Runs, tota
     Raises:
         IndexError: an index lies outside the dim (checked on the CPU, as ``aten.gather`` does).
     """
-    if _readable(index):
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= total:
-            raise IndexError(f"index out of range: it runs from {low} to {high}, the dim has {total} positions")
-    elsewhere, local = _locate(index, held)
+    check_indices(index, total)
+    elsewhere, local = locate(index, held)
     return x.gather(dim, local).masked_fill(elsewhere, 0)
 
 
@@ -83,12 +77,17 @@ def keep_rows(x: torch.Tensor, dim: int, offs: torch.Tensor, held: Runs) -> torc
     return x.masked_fill(~mine.view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())]), 0)
 
 
-def _readable(x: torch.Tensor) -> bool:
-    """Whether the values of ``x`` can be looked at for nothing: on the CPU, not traced, and not a fake."""
-    return x.device.type == "cpu" and type(x) is torch.Tensor and not torch.compiler.is_compiling() and x.numel() > 0
+def check_indices(index: torch.Tensor, total: int, has: str = "the dim has {} positions") -> None:
+    """Raise IndexError if an index lies outside ``[0, total)``, where that costs nothing: on the CPU, not traced."""
+    if index.device.type == "cpu" and type(index) is torch.Tensor and not torch.compiler.is_compiling():
+        if index.numel() == 0:
+            return
+        low, high = (int(x) for x in index.aminmax())
+        if low < 0 or high >= total:
+            raise IndexError(f"index out of range: it runs from {low} to {high}, {has.format(total)}")
 
 
-def _locate(index: torch.Tensor, held: Runs) -> tuple[torch.Tensor, torch.Tensor]:
+def locate(index: torch.Tensor, held: Runs) -> tuple[torch.Tensor, torch.Tensor]:
     """Which positions are held elsewhere, and where the others are among those held here (0 for what is elsewhere)."""
     if len(held) == 1:
         ((start, length),) = held

@@ -9,6 +9,7 @@ import linecache
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch.fx
 from torch import nn
 
 from tpcompile.bindings import bind_directly
+from tpcompile.column_products import call_together
+from tpcompile.cross_entropy_sums import sum_together
 from tpcompile.effects import is_random
 from tpcompile.recomputation import Region, folded, recompute
 
@@ -162,9 +165,15 @@ class Functions:
         self._made: dict[str, Callable[..., Any]] = {}
         self._again: dict[tuple[Callable[..., Any], bool, bool], Callable[..., Any]] = {}
 
-    def of(self, graph: torch.fx.Graph) -> Callable[..., Any]:
-        """``forward(self, ...)`` of the graph, reading parameters from ``self``; regions of it are recomputed."""
-        graph = folded(graph, self._recomputed)
+    def of(self, graph: torch.fx.Graph, training: bool = False) -> Callable[..., Any]:
+        """``forward(self, ...)`` of the graph, reading parameters from ``self``; regions of it are recomputed.
+
+        In ``training`` products of one activation are made together, at the cost of holding them together.
+        """
+        graph = folded(graph, partial(self._recomputed, training))
+        sum_together(graph)
+        if training:
+            call_together(graph)
         _look_up_directly(graph)
         bind_directly(graph)
         code = graph.python_code("self")
@@ -177,9 +186,9 @@ class Functions:
             self._made[key] = space["forward"]
         return self._made[key]
 
-    def _recomputed(self, graph: torch.fx.Graph, region: Region) -> Callable[..., Any]:
+    def _recomputed(self, training: bool, graph: torch.fx.Graph, region: Region) -> Callable[..., Any]:
         """What runs a region's graph; it reads nothing from ``self``."""
-        function = self.of(graph)
+        function = self.of(graph, training)
         key = (function, region.random, region.regathers)
         if key not in self._again:
 
@@ -256,7 +265,7 @@ def module_at(root: nn.Module, path: str, layers: Iterable[str]) -> nn.Module:
 
 
 def install(
-    module: nn.Module, graph: torch.fx.Graph, layers: frozenset[str], functions: Functions
+    module: nn.Module, graph: torch.fx.Graph, layers: frozenset[str], functions: Functions, training: bool = False
 ) -> Callable[..., Any]:
     """Give layers the code of their calls in ``graph``; returns the function of the rest, which takes ``module``."""
     root, inside = nest(graph, layers)
@@ -265,12 +274,12 @@ def install(
         layer = module_at(module, path, layers)
         assert isinstance(layer, Layer)
         first.setdefault(path, len(layer.calls))
-        layer.calls.append(functions.of(code))
+        layer.calls.append(functions.of(code, training))
     for node in root.nodes:
         if node.op == "call_module":
             call, *tensors = node.args
             node.args = (call + first[str(node.target)], *tensors)  # type: ignore[operator]
-    return functions.of(root)
+    return functions.of(root, training)
 
 
 __all__ = [

@@ -29,6 +29,7 @@ from tpcompile.effects import is_random
 from tpcompile.equivalence import check_capture
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.generation import generate, part_of
+from tpcompile.kept_values import keep
 from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, install, module_at, read_outside, repeated_layers, tensor_at
 from tpcompile.layout import Layout, Mesh, axes_of
@@ -269,7 +270,8 @@ class TensorParallel(nn.Module):
         self, program: Program, part: str | None = None, renamed: Mapping[str, str] | None = None
     ) -> _Variant:
         bound = bind(program, dist.get_rank(self._group), self._groups, renamed or {})
-        call = install(self, bound, self._layers, self._functions)
+        keep(bound, frozenset(program.captured.parameters), self._functions.of)
+        call = install(self, bound, self._layers, self._functions, program.captured.training)
         random = any(map(is_random, program.graph.nodes))
         outside = read_outside(bound, self._layers)
         variant = _Variant(

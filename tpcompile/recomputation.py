@@ -109,6 +109,7 @@ def _graph_of(region: Region) -> torch.fx.Graph:
     for node in region.nodes:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda x: env[x])
         env[node] = graph.create_node(node.op, node.target, args, kwargs)  # pyright: ignore[reportArgumentType]
+        env[node].meta = {key: value for key, value in node.meta.items() if key != MARK}
     graph.output(tuple(env[node] for node in region.outputs))
     return graph
 

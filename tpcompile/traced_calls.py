@@ -29,12 +29,15 @@ def accepts(captured: Captured) -> Accepts:
     """`Captured.flatten` for tracers: None where that raises. Nested arguments must be passed as they were captured."""
     holds = sizes_hold(captured)
     slots, in_spec, autocast = captured._slots, captured.in_spec, captured.autocast
-    kinds = tuple((x.dtype, x.example.device.type, x.example.dim()) for x in captured.inputs)
+    kinds = [(x.dtype, x.example.device.type, x.example.dim()) for x in captured.inputs]
+    tensor_slots = tuple(zip([i for i, slot in enumerate(slots) if slot.tensor], kinds, strict=True))
+    constant_slots = tuple((i, slot.value) for i, slot in enumerate(slots) if not slot.tensor)
     signature = captured._signature.parameters.values()
     positional = tuple(p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     flat = all(slot.path.isidentifier() for slot in slots)
     defaults = {p.name: None if p.default is inspect.Parameter.empty else p.default for p in signature}
     known = frozenset(slot.path for slot in slots)
+    wanted = tuple((slot.path, defaults.get(slot.path)) for slot in slots)
 
     def leaves_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
         if not flat:
@@ -42,11 +45,11 @@ def accepts(captured: Captured) -> Accepts:
             return leaves if spec == in_spec else None
         if len(args) > len(positional):
             return None
-        given = {**dict(zip(positional, args, strict=False)), **kwargs}
-        for name, value in given.items():
-            if name not in known and not _same_constant(defaults.get(name), value):
+        given = {**dict(zip(positional, args, strict=False)), **kwargs} if args else kwargs
+        for name in given:
+            if name not in known and not _same_constant(defaults.get(name), given[name]):
                 return None
-        return [given[slot.path] if slot.path in given else defaults.get(slot.path) for slot in slots]
+        return [given.get(path, default) for path, default in wanted]
 
     def check(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
         if _autocast_state() != autocast:
@@ -54,18 +57,17 @@ def accepts(captured: Captured) -> Accepts:
         leaves = leaves_of(args, kwargs)
         if leaves is None:
             return None
+        for i, value in constant_slots:
+            if not _same_constant(value, leaves[i]):
+                return None
         tensors: list[torch.Tensor] = []
-        for slot, leaf in zip(slots, leaves, strict=True):
-            if not slot.tensor:
-                if not _same_constant(slot.value, leaf):
-                    return None
-            elif isinstance(leaf, torch.Tensor):
-                tensors.append(leaf)
-            else:
+        for i, (dtype, device, dims) in tensor_slots:
+            leaf = leaves[i]
+            if not isinstance(leaf, torch.Tensor):
                 return None
-        for tensor, (dtype, device, dims) in zip(tensors, kinds, strict=True):
-            if tensor.dtype is not dtype or tensor.device.type != device or tensor.dim() != dims:
+            if leaf.dtype is not dtype or leaf.device.type != device or leaf.dim() != dims:
                 return None
+            tensors.append(leaf)
         return tensors if holds([tensor.shape if flat else whole_shape(tensor) for tensor in tensors]) else None
 
     return check
