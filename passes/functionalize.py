@@ -34,6 +34,7 @@ def functionalize(program: Program) -> Program:
     if not any(n.op == "call_function" and is_inplace(n) for n in program.graph.nodes):
         return program
     module, graph = copy_graph(program.graph_module)
+    _part_copies(program, graph)
     writes = _Writes(program, graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and is_inplace(node):
@@ -42,6 +43,29 @@ def functionalize(program: Program) -> Program:
     drop_dead(graph)
     module.recompile()
     return program.with_(graph_module=module)
+
+
+def _part_copies(program: Program, graph: torch.fx.Graph) -> None:
+    """What is written and was copied where the graph was traced, as a reshape may copy, is a copy whatever its operand
+    becomes: its strides may be others when writes have been taken out."""
+    held = holders(graph)
+    written = set[torch.fx.Node]()
+    for node in graph.nodes:
+        if node.op == "call_function" and is_inplace(node) and node.args[0] not in written:
+            written |= aliases(node.args[0], held)
+    for node in sorted(n for n in written if op_name(n) in _MAY_COPY and _copies(n)):
+        with graph.inserting_after(node):
+            copied = Site(program, graph, node).emit(aten.clone.default, node)
+        node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+
+
+def _copies(node: torch.fx.Node) -> bool:
+    """Whether the op copies its operand as it lies in memory where the graph was traced."""
+    target: Any = node.target
+    given: Any = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with torch.no_grad():
+        made: torch.Tensor = target(*given[0], **given[1])
+    return made.untyped_storage()._cdata != given[0][0].untyped_storage()._cdata
 
 
 def _drop_copies(graph: torch.fx.Graph) -> None:
@@ -240,6 +264,8 @@ _ALWAYS_VIEWS = frozenset(
     }
 )
 """Ops that never copy, whatever the strides (reshape and flatten may)."""
+_MAY_COPY = frozenset({"aten.reshape.default", "aten.flatten.using_ints", "aten.contiguous.default"})
+"""Ops that view or copy, as the strides of their operand ask for."""
 _UNDONE: dict[str, Callable[[_Undo, torch.fx.Node], torch.fx.Node]] = {
     **dict.fromkeys(
         (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -77,6 +77,7 @@ def functional(model: nn.Module, x: Tensor) -> Program:
 
 @settings(max_examples=15)
 @given(steps)
+@example([(0, 9, 0), (1, 0, 0), (1, 12, 0)])  # a reshape that copied where it was traced, and would not afterwards
 def test_what_is_written_is_what_eager_writes(drawn: list[tuple[int, int, int]]) -> None:
     model = Writes(tuple(drawn))
     with torch.no_grad():

@@ -293,7 +293,7 @@ def test_lookup_of_held_rows_refuses_ids_outside_the_whole_table() -> None:
     weight = torch.randn(4, 2)
     assert not kernels.embedding_rows(weight, torch.tensor([7]), ((0, 4),), -1, 8).any()
     for wrong in (-1, 8):
-        with pytest.raises(IndexError, match=f"run from {wrong} to {wrong}, the embedding has 8 rows"):
+        with pytest.raises(IndexError, match=f"runs from {wrong} to {wrong}, the embedding has 8 rows"):
             kernels.embedding_rows(weight, torch.tensor([wrong]), ((0, 4),), -1, 8)
 
 

@@ -86,10 +86,11 @@ def sum_together(graph: torch.fx.Graph) -> None:
         if found is None:
             continue
         exponentials, summed, picked, before = found
+        first = min(summed, picked)
         for other in before:
-            summed.prepend(other)
+            first.prepend(other)
         _, dim, *index = picked.args
-        with graph.inserting_before(summed):
+        with graph.inserting_before(first):
             made = graph.call_function(cross_entropy_sums, (*node.args, dim, _keepdim(summed), *index))
             for number, part in enumerate((summed, picked)):
                 item = graph.call_function(operator.getitem, (made, number))
@@ -115,10 +116,14 @@ def _parts(
         return None  # it might have a gradient
     if summed.target is not aten.sum.dim_IntList or summed.kwargs or summed.args[1] != [picked.args[1]]:
         return None
+    first, between = min(summed, picked), max(summed, picked)
+    while (between := between.prev) is not first:
+        if has_effect(between):  # what is read before it must not be read behind it, or the other way round
+            return None
     before = _ancestors(picked, behind=shifted)
-    if any(x in before for x in (exponentials, summed)) or any(map(has_effect, before)):
+    if exponentials in before or summed in before:
         return None
-    return exponentials, summed, picked, [x for x in before if summed < x]
+    return exponentials, summed, picked, [x for x in before if first < x]
 
 
 def _keepdim(summed: torch.fx.Node) -> bool:

@@ -1,14 +1,16 @@
 """Values that depend on sizes and buffers alone, such as rotary tables, are made once and kept for the next calls.
 
 As a hand-written model keeps them (Megatron-LM caches its rotary embedding per length). They are made again when a
-size changes, or a buffer they are made of: another tensor, or written to, as autograd's version counter tells. Programs
-keep the ops; only the code that is made of a graph calls them together.
+size changes, or a number in a buffer that they are made of. That is compared, since ``.data`` and collectives write
+unseen by autograd; so only on the CPU, where it costs nothing. Masks of positions by positions, and what is recomputed
+in backward, stay where they are. Programs keep the ops; only the code that is made of a graph calls them together.
 """
 
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +22,9 @@ from torch import Tensor
 from tpcompile import collectives
 from tpcompile.aliasing import aliases, holders, is_inplace
 from tpcompile.effects import has_effect
+from tpcompile.recomputation import MARK
 
-MOST = 2**24  # bytes of the values of one graph; larger ones, such as masks of long sequences, are not kept
+MOST = 2**24  # bytes of the values of one graph, and their buffers; what is larger is not kept
 WORTH = 3  # ops; fewer cost no more than looking whether they are still valid
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack")  # noqa: B009
 
@@ -47,11 +50,16 @@ def keep(
         elif isinstance(node.meta.get("val"), int | torch.SymInt):
             if all(x.op == "placeholder" or x in sizes for x in operands):
                 sizes.add(node)
-        elif _is_pure(node) and node not in written and all(x in made or x in sizes or x in buffers for x in operands):
+        elif all(x in made or x in sizes or x in buffers for x in operands) and node not in written and _is_kept(node):
             made[node] = None
     results = [node for node in made if any(user not in made for user in node.users)]
     placeholders = graph.find_nodes(op="placeholder")
-    if len(made) < WORTH or not placeholders or not all(isinstance(x.meta.get("val"), Tensor) for x in results):
+    if (
+        len(made) < WORTH
+        or not results
+        or not placeholders
+        or not all(isinstance(x.meta.get("val"), Tensor) for x in results)
+    ):
         return
     read = {x for node in made for x in node.all_input_nodes if x not in made}
     given = [x for x in graph.nodes if x in read and x in buffers]
@@ -93,14 +101,27 @@ def _written(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     return found
 
 
-def _is_pure(node: torch.fx.Node) -> bool:
-    """Whether the op makes the same of the same operands, every time, on this rank alone."""
+def _is_kept(node: torch.fx.Node) -> bool:
+    """Whether the op makes the same of the same operands, every time, on this rank alone, and little enough of it."""
     target: Any = node.target
+    if MARK in node.meta or not _is_thin(node.meta.get("val")):
+        return False
     if target is operator.getitem:
         return True
     if not isinstance(target, torch._ops.OpOverload) or has_effect(node):
         return False
     return not target._schema.name.removeprefix("aten::").startswith(("empty", "new_empty"))
+
+
+def _is_thin(value: Any) -> bool:
+    """Whether all tensors of a value grow with a size no faster than it does, as masks of positions by positions do."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_thin, value))
+    if not isinstance(value, Tensor):
+        return False
+    symbols = [s for n in value.shape if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols]
+    fixed = [n for n in value.shape if not isinstance(n, torch.SymInt)]
+    return len(symbols) == len(set(symbols)) and math.prod(fixed) * value.element_size() <= MOST
 
 
 def _graph_of(
@@ -123,22 +144,27 @@ def _graph_of(
 
 def _kept(function: Callable[..., tuple[Tensor, ...]], buffers: int) -> Callable[..., tuple[Tensor, ...]]:
     """``function(None, *buffers, *sizes)``, of as many buffers, with its last result kept."""
-    last: tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+    last: tuple[Any, list[Tensor], tuple[Tensor, ...]] | None = None
 
     def kept(*operands: Any) -> tuple[Tensor, ...]:
         nonlocal last
         tensors = operands[:buffers]
-        if not collectives.is_eager(*tensors) or _modes() or any(x.is_inference() for x in tensors):
+        if not collectives.is_eager(*tensors) or _modes() or any(x.requires_grad for x in tensors):
             return function(None, *operands)
-        state = (operands[buffers:], [x._version for x in tensors], torch.is_inference_mode_enabled())
-        if last is not None and last[0] == state and all(map(operator.is_, last[1], tensors)):
+        state = (operands[buffers:], torch.is_inference_mode_enabled(), torch.get_default_dtype())
+        if last is not None and last[0] == state and all(map(_same, last[1], tensors)):
             return last[2]
         made = function(None, *operands)
-        small = sum(x.numel() * x.element_size() for x in made) <= MOST
-        last = (state, tensors, made) if small and not any(x.requires_grad for x in made) else None
+        small = sum(x.numel() * x.element_size() for x in (*made, *tensors)) <= MOST
+        if small and all(x.device.type == "cpu" for x in (*made, *tensors)):
+            last = state, [x.clone() for x in tensors], made
         return made
 
     return kept
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 __all__ = ["keep"]
