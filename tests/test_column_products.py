@@ -34,19 +34,20 @@ class Case:
     transition: str
     shape: tuple[int, ...]
     kinds: tuple[str, ...]
-    biases: tuple[bool, ...]
+    biases: tuple[tuple[int, ...] | None, ...]
     where: Any = ()
     frozen: bool = False  # the first weight
 
 
 CASES = {
-    "q, k and v": Case("copy", (2, 3, 4), ("linear", "linear", "linear"), (False, False, False)),
-    "one with a bias": Case("copy", (3, 4), ("linear",), (True,)),
-    "a frozen weight": Case("copy", (3, 4), ("linear", "linear"), (True, False), frozen=True),
-    "Conv1D": Case("copy", (3, 4), ("addmm", "mm"), (True, False)),
-    "gathered": Case("all_gather", (2, 3, 4), ("linear", "linear"), (True, False), (((0, 3),), ((3, 3),))),
-    "gathered in unlike parts": Case("all_gather", (2, 2, 4), ("linear",), (False,), (((0, 2),), ((2, 1),))),
-    "nothing": Case("copy", (0, 4), ("linear",), (True,)),
+    "q, k and v": Case("copy", (2, 3, 4), ("linear", "linear", "linear"), (None, None, None)),
+    "one with a bias": Case("copy", (3, 4), ("linear",), ((5,),)),
+    "a frozen weight": Case("copy", (3, 4), ("linear", "linear"), ((5,), None), frozen=True),
+    "Conv1D": Case("copy", (3, 4), ("addmm", "mm"), ((5,), None)),
+    "a bias of each row": Case("copy", (3, 4), ("addmm", "addmm"), ((3, 5), (1, 6))),
+    "gathered": Case("all_gather", (2, 3, 4), ("linear", "linear"), ((5,), None), (((0, 3),), ((3, 3),))),
+    "gathered in unlike parts": Case("all_gather", (2, 2, 4), ("linear",), (None,), (((0, 2),), ((2, 1),))),
+    "nothing": Case("copy", (0, 4), ("linear",), ((5,),)),
 }
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -74,7 +75,7 @@ def results(function: Function, case: Case) -> list[Tensor | None]:
 
     x = made(*shape).requires_grad_()
     weights = [made(5 + i, 4) if kind == "linear" else made(4, 5 + i) for i, kind in enumerate(case.kinds)]
-    biases = [made(5 + i) if there else None for i, there in enumerate(case.biases)]
+    biases = [None if sizes is None else made(*sizes) for sizes in case.biases]
     wanted = [x, *(w for w in (*weights, *biases) if w is not None)]
     for w in wanted:
         w.requires_grad_(not (case.frozen and w is weights[0]))

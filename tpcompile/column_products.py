@@ -72,6 +72,7 @@ class _Products(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         row, dim, where, group, kinds = ctx.call = call
         y = x if row.forward == "identity" else collectives.PRIMITIVES[row.forward](x, dim, where, group, False)
+        ctx.biases = [None if bias is None else bias.shape for bias in weights[len(kinds) :]]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, *weights[: len(kinds)])
         made = _multiplied(y, kinds, weights)
@@ -104,11 +105,11 @@ class _Products(torch.autograd.Function):
         of_weights: list[Tensor | None] = [None] * count
         of_biases: list[Tensor | None] = [None] * count
         for i, kind in enumerate(kinds):
-            if (grad := flat[i]) is not None:
-                if asked[2 + i]:
-                    of_weights[i] = grad.t().mm(rows) if kind == "linear" else rows.t().mm(grad)
-                if asked[2 + count + i]:
-                    of_biases[i] = grad.sum(0)
+            grad, whole = flat[i], grads[i]
+            if grad is not None and asked[2 + i]:
+                of_weights[i] = grad.t().mm(rows) if kind == "linear" else rows.t().mm(grad)
+            if whole is not None and asked[2 + count + i]:
+                of_biases[i] = whole.sum_to_size(ctx.biases[i])
         return done(), None, *of_weights, *of_biases
 
 

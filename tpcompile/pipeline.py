@@ -83,7 +83,7 @@ class Stage(TensorParallel):
         self._functions = Functions()
         read = {str(node.target) for node in part.find_nodes(op="get_attr")}
         self._fill_from(whole, read, stage)
-        call = install(self, part, self._layers, self._functions)
+        call = install(self, part, self._layers, self._functions, whole.program.captured.training)
         self._variants = [replace(whole._variants[0], call=call, outside=read_outside(part, self._layers))]
         self._last = stage == count - 1
         self._received = len(crossing(graph, stages, stage - 1))

@@ -298,5 +298,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "DTensor": Contender("parallelize_module with PrepareModuleInput, and loss_parallel", dtensor),
     "DTensor, sequence": Contender("the same with SequenceParallel", partial(dtensor, sequence_parallel=True)),
     "transformers": Contender('from_pretrained(tp_plan="auto")', tp_plan),
-    "DeepSpeed": Contender("AutoTP: init_inference, or initialize with autotp_size", auto_tp),
+    "DeepSpeed": Contender(
+        "AutoTP: init_inference, which sums through shared memory of its own, or initialize with autotp_size", auto_tp
+    ),
 }
