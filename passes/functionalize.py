@@ -34,7 +34,8 @@ def functionalize(program: Program) -> Program:
     if not any(n.op == "call_function" and is_inplace(n) for n in program.graph.nodes):
         return program
     module, graph = copy_graph(program.graph_module)
-    _part_copies(program, graph)
+    if any(op_name(n) in _MAY_COPY for n in graph.nodes if n.op == "call_function"):
+        _part_copies(program, graph)
     writes = _Writes(program, graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and is_inplace(node):
@@ -46,14 +47,15 @@ def functionalize(program: Program) -> Program:
 
 
 def _part_copies(program: Program, graph: torch.fx.Graph) -> None:
-    """What is written and was copied where the graph was traced, as a reshape may copy, is a copy whatever its operand
-    becomes: its strides may be others when writes have been taken out."""
-    held = holders(graph)
-    written = set[torch.fx.Node]()
+    """What was copied where the graph was traced, as a reshape may copy, is a copy whatever its operand becomes, if it
+    or that is written afterwards: its operand's strides may be others when earlier writes have been taken out."""
+    held, written = holders(graph), list[tuple[torch.fx.Node, set[torch.fx.Node]]]()
     for node in graph.nodes:
-        if node.op == "call_function" and is_inplace(node) and node.args[0] not in written:
-            written |= aliases(node.args[0], held)
-    for node in sorted(n for n in written if op_name(n) in _MAY_COPY and _copies(n)):
+        if node.op == "call_function" and is_inplace(node):
+            written.append((node, aliases(node.args[0], held)))
+    candidates = [x for x in graph.nodes if x.op == "call_function" and op_name(x) in _MAY_COPY]
+    asked = [x for x in candidates if any(x < node and x in family for node, family in written)]
+    for node in filter(_copies, asked):
         with graph.inserting_after(node):
             copied = Site(program, graph, node).emit(aten.clone.default, node)
         node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
