@@ -31,6 +31,7 @@ from tpcompile.launch import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compare.json"
+ONE_RANK = RESULTS.with_name("one_rank.json")  # benchmarks/one_rank.py records it
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 COUNTED = (
     "floor",
@@ -100,15 +101,17 @@ def _version(name: str) -> str | None:
         return None
 
 
-def recorded() -> dict[str, Any]:
+def recorded(path: Path = RESULTS) -> dict[str, Any]:
     """The results so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"workloads": {}}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def record(results: dict[str, Any]) -> None:
-    """Write results, a contender's list of samples on one line."""
-    text = json.dumps(results, indent=1)
-    RESULTS.write_text(re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Write results whole or not at all, a list of samples on one line."""
+    text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), json.dumps(results, indent=1))
+    part = path.with_suffix(".part")
+    part.write_text(text + "\n")
+    part.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--write-docs", action="store_true", help="write docs/benchmarks.md, and measure nothing")
     asked = parser.parse_args(argv)
     if asked.write_docs:
-        DOCUMENT.write_text(document(recorded()))
+        DOCUMENT.write_text(document(recorded(), recorded(ONE_RANK)))
         return
     os.environ |= ENVIRONMENT
     contenders = asked.contenders.split(";")
@@ -128,20 +131,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in asked.workloads.split(","):
         start = time.perf_counter()
         found = measured(name, contenders, asked.rounds, absent)
-        record(
-            recorded()
-            | {
-                "machine": recorded().get("machine", {}) | machine(),
-                "workloads": recorded()["workloads"] | {name: found},
-            }
-        )
+        workloads = recorded().get("workloads", {}) | {name: found}
+        write_json(RESULTS, recorded() | {"machine": recorded().get("machine", {}) | machine(), "workloads": workloads})
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     if asked.resident:
         kept = {
             "workload": asked.resident,
             "peak": resident(asked.resident, [c for c in contenders if c not in absent]),
         }
-        record(recorded() | {"resident": kept})
+        write_json(RESULTS, recorded() | {"resident": kept})
 
 
 if __name__ == "__main__":

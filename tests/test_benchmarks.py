@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from distributed import run
 from torch import Tensor
 
 import tpcompile
-from benchmarks import compare
+from benchmarks import compare, one_rank
 from benchmarks.peers import measure
 from benchmarks.peers.contenders import CONTENDERS, Running
 from benchmarks.peers.document import document, ratios
@@ -149,15 +151,16 @@ def test_every_family_is_tested() -> None:
 
 # ---------------------------------------------------------------- the document
 def test_document_is_what_was_recorded() -> None:
-    assert compare.DOCUMENT.read_text() == document(compare.recorded())
+    assert compare.DOCUMENT.read_text() == document(compare.recorded(), compare.recorded(compare.ONE_RANK))
 
 
 def test_another_sample_makes_another_document() -> None:
     results = copy.deepcopy(compare.recorded())
+    other = compare.recorded(compare.ONE_RANK)
     work = next(iter(results["workloads"].values()))
     samples = work["training"]["contenders"]["tpcompile"]["wall"]
     samples[:] = [3 * x for x in samples]
-    assert document(results) != compare.DOCUMENT.read_text()
+    assert document(results, other) != compare.DOCUMENT.read_text()
 
 
 def test_recorded_contenders_are_right() -> None:
@@ -177,3 +180,19 @@ def test_a_ratio_is_taken_within_each_round() -> None:
     rows = {"a": {"wall": [1.0, 20.0, 3.0]}, "b": {"wall": [2.0, 40.0, 6.0]}, "c": {}}
     assert ratios(rows, "a", "b", "wall") == (0.5, 0.5, 0.5)
     assert ratios(rows, "a", "c", "wall") is None
+
+
+# ---------------------------------------------------------------- one rank alone
+def alone(degree: int, mode: str) -> Mapping[str, Any]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        contenders = ("floor", "tpcompile", "tpcompile, sequence")
+        return process.submit(one_rank.rank, tiny("llama"), degree, mode, contenders, 2, "float32").result()
+
+
+def test_one_rank_alone_is_timed_beside_its_roofline() -> None:
+    two, one = alone(2, "training"), alone(1, "inference")
+    for found in (two, one):
+        for row in found["contenders"].values():
+            assert len(row["wall"]) == len(row["host"]) == 2
+            assert 0 < found["roofline"]["seconds"] < min(row["wall"])
+    assert one["roofline"]["flops"] < two["roofline"]["flops"] < 3 * one["roofline"]["flops"]  # of half, 3 times

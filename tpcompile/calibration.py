@@ -58,21 +58,27 @@ def fit(sizes: Sequence[int], times: Sequence[float], ranks: int) -> tuple[float
     return latency, 1 / inverse
 
 
-def _measure(threads: int) -> tuple[dict[str, float], float, float, list[float], float]:
-    """One rank: FLOPs per second by dtype, bytes per second, seconds of a tiny op and of all-reduces, memory."""
-    torch.set_num_threads(threads)
-    group = resolve_group(None)
-    device = group_device(group)
+def device_speed(device: torch.device) -> tuple[dict[str, float], float, float]:
+    """Of one device, alone: FLOPs per second by dtype, bytes per second, seconds that starting a small op takes."""
     flops: dict[str, float] = {}
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         n = 512 if device.type == "cpu" else 8192
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         flops[str(dtype).removeprefix("torch.")] = 2 * n**3 / _best(lambda a=a, b=b: a @ b, device)
-    x = torch.randn(1 << 23, device=device)
+    x = torch.randn(1 << (23 if device.type == "cpu" else 28), device=device)
     y = torch.empty_like(x)
     bandwidth = 2 * x.numel() * x.element_size() / _best(lambda: torch.add(x, 1.5, out=y), device)
     tiny = torch.ones(1, device=device)
     start = _best(lambda: [tiny + 1 for _ in range(200)], device) / 200
+    return flops, bandwidth, start
+
+
+def _measure(threads: int) -> tuple[dict[str, float], float, float, list[float], float]:
+    """One rank: its device's speed, seconds of all-reduces, memory."""
+    torch.set_num_threads(threads)
+    group = resolve_group(None)
+    device = group_device(group)
+    flops, bandwidth, start = device_speed(device)
     times: list[float] = []
     for size in SIZES:
         buffer = torch.ones(size // 4, device=device)
@@ -107,4 +113,4 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-__all__ = ["calibrate", "fit"]
+__all__ = ["calibrate", "device_speed", "fit"]

@@ -389,8 +389,8 @@ def _all_gather(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> T
         flat = mine.new_empty([size * mine.shape[0], *mine.shape[1:]])
         if flat.numel():
             issue(_all_gather_single, flat, mine, group=resolve_group(group))
-    if dim == 0 and _in_order(parts, longest):
-        return flat
+    if mine.shape[0] and _in_order(parts, longest):
+        return flat if dim == 0 else torch.cat(flat.chunk(size), dim)
     return join(flat.chunk(size) if mine.shape[0] else [mine] * size, dim, parts)
 
 

@@ -39,8 +39,8 @@ leave the logits cut does.
 """
 
 
-def document(results: Row) -> str:
-    """The page."""
+def document(results: Row, one_rank: Row) -> str:
+    """The page, from what benchmarks/compare.py and benchmarks/one_rank.py recorded."""
     found: Row = results["workloads"]
     parts = [
         INTRODUCTION,
@@ -51,6 +51,7 @@ def document(results: Row) -> str:
         *(_workload(name, row) for name, row in found.items()),
         _four_ranks(found),
         _resident(results.get("resident")),
+        _one_rank(one_rank.get("rows", {})),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -205,6 +206,30 @@ def _resident(resident: Row | None) -> str:
     )
     rows = [[c, peak if isinstance(peak, str) else f"{_mib(peak)} MiB"] for c, peak in resident["peak"].items()]
     return says + _table(("", ""), rows)
+
+
+def _one_rank(found: Mapping[str, Row]) -> str:
+    if not found:
+        return ""
+    says = (
+        "## One rank alone\n\nWhat a rank does itself: its collectives are local copies of the same size "
+        "(`python -m benchmarks.one_rank`). *Host* is the processor time until the last kernel was started, on a CPU "
+        "until it has ended. The roofline takes for every op the time to compute or to move its bytes, whichever "
+        "is longer, at the speed that this device reaches in a large product and a large copy; its share is of the "
+        "fastest step. Training is loss and backward.\n\n"
+    )
+    head = ("", "ranks", "", "dtype, device", "", "time / floor", "host / floor", "ms", "of roofline", "peak MiB")
+    rows: list[list[str]] = []
+    for row in found.values():
+        every, roofline = row["contenders"], row["roofline"]
+        for name, own in every.items():
+            rows.append([
+                row["workload"], str(row["degree"]), row["mode"], f"{row['dtype']}, {row['device']}", name,
+                *(_spread(ratios(every, name, "floor", kind)) for kind in ("wall", "host")),
+                f"{median(own['wall']) * 1e3:.2f}", f"{roofline['seconds'] / min(own['wall']):.0%}",
+                _mib(own["peak"]) if "peak" in own else "-",
+            ])  # fmt: skip
+    return says + _table(head, rows)
 
 
 __all__ = ["document", "ratios"]

@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from benchmarks.peers.workloads import Workload
 
-
 # ------------------------------------------------------------------------------------------------ communication
+ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class CopyToRanks(torch.autograd.Function):
     """f: identity; the gradient is summed over the ranks."""
 
@@ -55,13 +58,13 @@ class SumOverRanks(torch.autograd.Function):
 
 def _gathered(x: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0] * dist.get_world_size(), *x.shape[1:])
-    dist.all_gather_single(out, x.contiguous())
+    ALL_GATHER(out, x.contiguous())
     return out
 
 
 def _scattered(x: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0] // dist.get_world_size(), *x.shape[1:])
-    dist.reduce_scatter_single(out, x.contiguous())
+    REDUCE_SCATTER(out, x.contiguous())
     return out
 
 
@@ -277,9 +280,12 @@ class Floor:
         if rope is None:
             return None
         dims = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
-        inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+        device = self.embed.device
+        steps = torch.arange(0, dims, 2, dtype=torch.float32, device=device)
+        inverse = 1.0 / rope["rope_theta"] ** (steps / dims)
         inverse = inverse.to(self.embed.dtype)  # rounded as the model rounds it
-        angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=inverse.dtype), inverse).repeat(1, 2)
+        positions = torch.arange(config.max_position_embeddings, dtype=inverse.dtype, device=device)
+        angles = torch.outer(positions, inverse).repeat(1, 2)
         return angles.cos(), angles.sin()
 
     def parameters(self) -> list[Tensor]:
@@ -385,7 +391,7 @@ class Floor:
         part = self.local_logits(ids)
         part = part.transpose(0, 1) if self.spread else part
         found = part.new_empty(self.ranks, *part.shape)
-        dist.all_gather_single(found.flatten(0, 1), part.contiguous())
+        ALL_GATHER(found.flatten(0, 1), part.contiguous())
         return torch.cat([*found], -1)
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:

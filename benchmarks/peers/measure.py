@@ -12,6 +12,7 @@ import ctypes
 import gc
 import io
 import logging
+import random
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -251,6 +252,11 @@ def timed(running: Running, optimizer: torch.optim.Optimizer | None, work: Workl
     return (time.perf_counter() - wall) / work.steps, (time.process_time() - cpu) / work.steps
 
 
+def in_turn(names: Sequence[str], i: int) -> list[str]:
+    """The order of round ``i``, the same on every rank; by chance, so that nobody always follows the same one."""
+    return random.Random(i).sample(names, len(names))
+
+
 def rounds(
     live: Mapping[str, Running | None], work: Workload, mode: str, count: int
 ) -> dict[str, dict[str, list[float]]]:
@@ -261,7 +267,7 @@ def rounds(
     gc.collect()
     gc.disable()
     for i in range(-2, count):  # two that are not counted
-        for name in [*names[i % len(names) :], *names[: i % len(names)]]:
+        for name in in_turn(names, i):
             running = live[name]
             dist.barrier()
             mine = None if running is None else timed(running, optimizers[name], work)

@@ -31,6 +31,7 @@ class Workload:
     positions: int
     says: str
     steps: int = 1  # in one timed sample
+    device: str = "cpu"
 
     @cached_property
     def settings(self) -> Any:
@@ -41,7 +42,7 @@ class Workload:
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The unmodified model; no parameter is constant, since zero biases and unit norms would hide errors."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device(self.device):
             torch.manual_seed(0)
             model: nn.Module = getattr(transformers, self.cls)(self.settings)
             with torch.no_grad():
@@ -56,7 +57,7 @@ class Workload:
         ids = torch.randint(2, self.settings.vocab_size, (self.batch, self.positions), generator=generator)
         labels = ids.clone() if self.causal else ids.roll(1, 1)
         labels[:, ::7] = -100
-        return ids, labels
+        return ids.to(self.device), labels.to(self.device)
 
     @property
     def causal(self) -> bool:
@@ -99,6 +100,23 @@ WORKLOADS: Mapping[str, Workload] = {
         Workload("bert", "BertForMaskedLM", BERT, 2, 128, "norms after the residual, no causal mask, hidden 512"),
     )
 }
+
+LARGE: Mapping[str, Workload] = {
+    name: Workload(
+        name,
+        "LlamaForCausalLM",
+        {
+            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 4, "num_attention_heads": heads,
+            "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "tie_word_embeddings": False,
+        },
+        1, 4096, f"4 layers of Llama-3-{size}, its embedding and its head, 1 x 4096 tokens",
+    )
+    for name, size, hidden, inner, heads in (
+        ("llama-8b", "8B", 4096, 14336, 32), ("llama-70b", "70B", 8192, 28672, 64),
+    )
+}  # fmt: skip
+"""For a GPU (Grattafiori et al. 2024, table 3)."""
 
 
 class Widened(TorchFunctionMode):
