@@ -318,6 +318,42 @@ def test_hints_have_the_divisors_that_the_model_asks_for() -> None:
     assert sympy.isprime(length // 6)
 
 
+class Chunks(nn.Module):
+    """Positions padded to whole chunks of 64 and run chunk by chunk, as in linear attention, each position of a chunk
+    by itself: every small size occurs in the graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padded = nn.functional.pad(x, (0, 0, 0, (64 - x.shape[1] % 64) % 64))
+        chunks = padded.reshape(x.shape[0], -1, 64, x.shape[2])
+        rows = [chunks[:, i, :n].sum(1) for i in range(chunks.shape[1]) for n in range(1, 64)]
+        return torch.stack(rows, 1).sum(1)
+
+
+def test_a_hint_is_no_common_size_where_every_prime_is_a_size() -> None:
+    captured = capture(Chunks(), (torch.randn(2, 8, 48),))
+    length = captured.size(captured.inputs[0].example.shape[1])
+    assert sympy.isprime(length)
+    assert 12 < length <= 64, "one chunk, and no divisor of many sizes, as the 8 of the example is"
+    captured.flatten((torch.randn(3, 60, 48),))
+    with pytest.raises(CaptureError):
+        captured.flatten((torch.randn(3, 65, 48),))
+
+
+def test_a_length_that_no_other_one_can_stand_for_is_a_fixed_size() -> None:
+    class Pairs(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            count = x.shape[1] // 4
+            parts = x[:, : 4 * count].reshape(x.shape[0], count, 4, x.shape[2])
+            return torch.stack([parts[:, i] for i in range(count)], 1)
+
+    captured = capture(Pairs(), (torch.randn(2, 8, 6),))
+    (x,) = captured.inputs
+    assert x.dynamic == (True, False, True)
+    assert all(map(sympy.isprime, captured.hints.values()))
+    given = torch.randn(5, 8, 7)
+    assert torch.equal(captured.graph_module(*captured.flatten((given,)))[0], Pairs()(given))
+
+
 def test_height_and_width_are_static_and_masks_are_not() -> None:
     class Convolves(nn.Module):
         def __init__(self) -> None:

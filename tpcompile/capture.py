@@ -11,6 +11,7 @@ import inspect
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -82,6 +83,7 @@ class Captured:
     _ranges: dict[sympy.Symbol, tuple[int, int]]
     _shells: Mapping[str, caches.Shell]  # of the caches among the arguments
     _accepted: set[tuple[torch.Size, ...]] = field(default_factory=lambda: set[tuple[torch.Size, ...]]())
+    _sizes: dict[sympy.Expr, int] = field(default_factory=lambda: dict[sympy.Expr, int]())  # at the hints
 
     @property
     def signature(self) -> inspect.Signature:
@@ -93,7 +95,10 @@ class Captured:
         if isinstance(n, int):
             return n
         expression: Any = n.node.expr if isinstance(n, torch.SymInt) else n
-        return int(expression.xreplace(self.hints))
+        found = self._sizes.get(expression)
+        if found is None:
+            found = self._sizes[expression] = int(expression.xreplace(self.hints))
+        return found
 
     def flatten(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> list[torch.Tensor]:
         """The graph's tensors, in placeholder order, from a call as the model takes it.
@@ -367,11 +372,16 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         inliner = Inliner(model, found, names, paths, dict(autocast))
         return found, inliner, inliner.graph_module()
 
-    found, inliner, graph_module = traced(())
-    hints = _hints(graph_module, found, tensors)
-    if shells and (narrow := _narrow(graph_module, found, hints)):  # such as a sliding window that is about to be full
-        found, inliner, graph_module = traced(narrow)
-        hints = _hints(graph_module, found, tensors)
+    fixed: set[tuple[int, int]] = set()
+    while True:
+        found, inliner, graph_module = traced(fixed)
+        hints = _hints(graph_module, found)
+        narrow = _unsuited(found, hints)
+        if shells and not narrow:  # such as a sliding window that is about to be full
+            narrow = _narrow(graph_module, found, hints)
+        if narrow <= fixed:
+            break
+        fixed |= narrow
     warn_of_lost_state(model, found)
     return Captured(
         graph_module=graph_module,
@@ -433,20 +443,21 @@ HINT_FACTORS = (1, 2, 4, 12)
 """What a prime is multiplied with where a condition (halves of one size, say) asks for more than a prime."""
 
 
-def _hints(graph_module: fx.GraphModule, found: Trace, examples: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
+def _hints(graph_module: fx.GraphModule, found: Trace) -> dict[sympy.Symbol, int]:
     """A prime of its own for each symbol, times what the guards want it to be divisible by.
 
-    As large as the guards and the limits of the sizes allow (a table of 512 positions limits the length), and no
-    divisor of a fixed size of the graph where that can be had: symbols that no large prime suits get smaller ones, and
-    those that none suits their size in the ``examples``.
+    As large as the guards and the limits of the sizes allow (a table of 512 positions limits the length), and a divisor
+    of as few fixed sizes of the graph as can be had: symbols that no large prime suits get smaller ones.
     """
     guards, ranges = found.guards, found.ranges()
     symbols, fixed = _sizes_in(graph_module)
     moduli = dict.fromkeys(symbols, 1)
-    remainders: list[Any] = [mod.args for guard in guards for mod in guard.condition.atoms(Mod)]
-    for of, by in remainders:
-        if of in moduli and isinstance(by, sympy.Integer):
-            moduli[of] = math.lcm(moduli[of], int(by))
+    conditions: list[Any] = [guard.condition for guard in guards]
+    for condition in conditions:
+        if isinstance(condition, sympy.Eq) and isinstance(condition.lhs, Mod) and condition.rhs == 0:
+            of, by = cast("tuple[Any, Any]", condition.lhs.args)
+            if of in moduli and isinstance(by, sympy.Integer):
+                moduli[of] = math.lcm(moduli[of], int(by))
     hints: dict[sympy.Symbol, int] = {}
     follow = _equalities(guards, found.dims().keys())
     for scale, factor in itertools.product(HINT_SCALES, HINT_FACTORS):
@@ -458,14 +469,11 @@ def _hints(graph_module: fx.GraphModule, found: Trace, examples: Sequence[torch.
         prime = scale
         for symbol in _smallest_first(refused, guards):
             prime = int(sympy.nextprime(prime))
-            while scale != HINT_SCALES[0] and prime < 4 * scale and any(n % prime == 0 for n in fixed if n):
-                prime = int(sympy.nextprime(prime))
+            if scale != HINT_SCALES[0]:
+                primes = (prime, *sympy.primerange(prime + 1, 4 * scale))
+                prime = min(primes, key=lambda p: sum(n % p == 0 for n in fixed if n))
             hints[symbol] = prime * math.lcm(moduli[symbol], factor)
         hints |= {s: int(cast("Any", e).xreplace(hints)) for s, e in follow.items() if e.free_symbols <= hints.keys()}
-    places = found.dims()
-    for symbol in _refused(hints, guards, ranges) & places.keys():
-        given, dim = places[symbol]
-        hints[symbol] = examples[given].shape[dim]
     return hints
 
 
@@ -483,11 +491,26 @@ def _sizes_in(graph_module: fx.GraphModule) -> tuple[set[sympy.Symbol], set[int]
     return symbols, fixed
 
 
+def _unsuited(found: Trace, hints: Mapping[sympy.Symbol, int]) -> set[tuple[int, int]]:
+    """The dims of the symbol that has a part in most of the conditions that no hints meet: few sizes do, and often one
+    alone, so that it is a fixed size."""
+    symbols: set[Any] = found.dims().keys() & hints.keys()
+    failed: list[set[Any]] = [guard.condition.free_symbols & symbols for guard in found.guards if guard.fails(hints)]
+    count = Counter(sorted(itertools.chain.from_iterable(failed), key=str))
+    return _places(found, {symbol for symbol, _ in count.most_common(1)})
+
+
+def _places(found: Trace, symbols: Collection[sympy.Symbol]) -> set[tuple[int, int]]:
+    """The dims of inputs whose sizes these symbols decide."""
+    return {
+        place for place, symbol in found.env.places.items() if found.env.replace(symbol).free_symbols & set(symbols)
+    }
+
+
 def _narrow(graph_module: fx.GraphModule, found: Trace, hints: Mapping[sympy.Symbol, int]) -> set[tuple[int, int]]:
     """The dims whose sizes cannot be told from known ones: conditions leave them too few values."""
     _, fixed = _sizes_in(graph_module)
-    confused = {s for s, hint in hints.items() if any(n % hint == 0 for n in fixed if n)}
-    return {place for place, symbol in found.env.places.items() if found.env.replace(symbol).free_symbols & confused}
+    return _places(found, {s for s, hint in hints.items() if any(n % hint == 0 for n in fixed if n)})
 
 
 def _smallest_first(symbols: Collection[sympy.Symbol], guards: Sequence[Guard]) -> list[sympy.Symbol]:

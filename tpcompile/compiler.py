@@ -5,24 +5,20 @@ from __future__ import annotations
 import os
 import time
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
-import torch.fx
 from torch import nn
 
 from tpcompile.caches import Cut, cut_of
 from tpcompile.capture import Captured
 from tpcompile.compile_cache import cached_capture
 from tpcompile.errors import ShardingError, SpecError
+from tpcompile.first_passes import FIRST, first_passes
 from tpcompile.models import default_inputs
 from tpcompile.passes import PIPELINE
-from tpcompile.passes.canonicalize import canonicalize
-from tpcompile.passes.functionalize import functionalize
-from tpcompile.passes.structure import structure
-from tpcompile.program import DEFAULT, Asked, Options, Pass, Program, Stage, Structure
+from tpcompile.program import DEFAULT, Asked, Options, Pass, Program, Stage
 from tpcompile.report import sizes_at
 from tpcompile.spec import Spec, find_shipped, resolve, shipped
 
@@ -92,34 +88,15 @@ def rewrite_captured(
         sizes=sizes_at(program, flat), held=held_parts(captured, flat), resident=captured.cache_outputs()
     )
     history = [Stage("capture", seconds, program)]
-    shared = _begun(captured) if tuple(pipeline[: len(FIRST)]) == FIRST else ()
-    for name, took, module, found in shared:
-        program = program.with_(graph_module=module, structure=found)
-        history.append(Stage(name, took, program))
+    shared = first_passes(captured) if tuple(pipeline[: len(FIRST)]) == FIRST else ()
+    for made in shared:
+        program = program.with_(graph_module=made.graph_module, structure=made.structure)
+        history.append(Stage(made.step, made.seconds, program))
     for step in pipeline[len(shared) :]:
         start = time.perf_counter()
         program = step(program)
         history.append(Stage(step.__name__, time.perf_counter() - start, program))
     return program.with_(history=tuple(history))
-
-
-FIRST: tuple[Pass, ...] = (functionalize, canonicalize, structure)
-"""Passes that ask for no spec, degree or option: what they make of a captured model is made once."""
-
-_Begun = tuple[tuple[str, float, torch.fx.GraphModule, Structure | None], ...]
-_begun_already: weakref.WeakKeyDictionary[Captured, _Begun] = weakref.WeakKeyDictionary()
-
-
-def _begun(captured: Captured) -> _Begun:
-    """What the passes of ``FIRST`` leave behind, and the seconds that they took."""
-    if captured not in _begun_already:
-        program, stages = Program(captured, captured.graph_module, 1), list[Any]()
-        for step in FIRST:
-            start = time.perf_counter()
-            program = step(program)
-            stages.append((step.__name__, time.perf_counter() - start, program.graph_module, program.structure))
-        _begun_already[captured] = tuple(stages)
-    return _begun_already[captured]
 
 
 def held_parts(captured: Captured, tensors: Sequence[torch.Tensor]) -> dict[str, Cut]:

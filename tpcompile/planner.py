@@ -29,10 +29,11 @@ from tpcompile.aliasing import VIEWS
 from tpcompile.capture import Captured
 from tpcompile.compile_cache import cached_capture
 from tpcompile.errors import ShardingError, Where
+from tpcompile.first_passes import FIRST, first_passes
 from tpcompile.globs import fold
 from tpcompile.layout import axes_of
 from tpcompile.passes import PIPELINE
-from tpcompile.passes.axes import Use, axes, candidates, cuttable, divide_atoms, uses_of
+from tpcompile.passes.axes import Use, candidates, cuttable, divide_atoms, uses_of
 from tpcompile.passes.decompose import DECOMPOSITIONS
 from tpcompile.passes.place import needs_grad
 from tpcompile.program import Program, Structure, where
@@ -45,7 +46,7 @@ from tpcompile.structure import Atom, Cat, Prod, Term, atoms, factors, find, seg
 WORDS = ("column", "row", "vocab")
 """The words of a plan, in the order in which it writes them."""
 
-BEFORE, AFTER = PIPELINE[: PIPELINE.index(axes)], PIPELINE[PIPELINE.index(axes) :]
+AFTER = PIPELINE[len(FIRST) :]
 COMMENT_WIDTH = 108
 
 
@@ -69,10 +70,9 @@ def plan(model: nn.Module, degree: int, example_inputs: Mapping[str, Any] | Sequ
 
 def plan_captured(captured: Captured, degree: int, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> Spec:
     """The plan of a model that is captured already; ``inputs`` are its example arguments."""
-    program = Program(captured, captured.graph_module, degree)
+    made = first_passes(captured)[-1]
+    program = Program(captured, made.graph_module, degree, structure=made.structure)
     program = program.with_(sizes=sizes_at(program, captured.flatten(*inputs)))
-    for step in BEFORE:
-        program = step(program)
     planner = _Planner(program)
     return _written(planner, *planner.settle())
 
