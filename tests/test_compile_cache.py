@@ -169,6 +169,13 @@ def test_models_of_the_catalogue_are_rewritten_alike_after_a_hit(
             assert torch.equal(a, b)
 
 
+def test_passes_that_ask_for_sizes_answer_alike_after_a_hit(cache: Path, traced: list[nn.Module]) -> None:
+    model, inputs = zoo.build("nanogpt", 1), zoo.inputs("nanogpt")
+    texts = [str(tpcompile.rewrite(model, degree=2, example_inputs=inputs, overlap=2).lines()) for _ in range(2)]
+    assert len(traced) == 1
+    assert texts[0] == texts[1]
+
+
 def test_what_a_captured_graph_refuses_it_refuses_after_a_hit(cache: Path, traced: list[nn.Module]) -> None:
     model = zoo.build("nanogpt", 1)
     said: list[str] = []

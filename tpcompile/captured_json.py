@@ -20,8 +20,9 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._guards import SLoc
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
 from torch.utils._sympy import functions as torch_sympy
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -444,6 +445,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def _read_env(stored: Mapping[str, Any], symbols: Mapping[str, sympy.Symbol]) -> ShapeEnv:
     env = ShapeEnv(tracked_fakes=[], trace_asserts=True)
+    unknown = SLoc(None, None)
 
     def read(expression: Any) -> Any:
         return _read_expression(expression, symbols)
@@ -452,6 +454,7 @@ def _read_env(stored: Mapping[str, Any], symbols: Mapping[str, sympy.Symbol]) ->
         env.backed_var_to_val[read(symbol)] = read(value)
     for symbol, lower, upper in stored["ranges"]:
         env.var_to_range[read(symbol)] = ValueRanges(read(lower), read(upper))
+        env.var_to_range_sloc[read(symbol)] = ValueRangesSLoc(unknown, unknown)  # replaced where a pass narrows a range
     env.replacements.update((read(symbol), read(value)) for symbol, value in stored["replacements"])
     env.divisible.update(map(read, stored["divisible"]))
     env.axioms.update((read(a), read(b)) for a, b in stored["axioms"])
