@@ -416,7 +416,7 @@ def _check_rows(
             and any(a is b for d in dims for a in atoms(d) for b in space)
         )
         pin = next((p for a in space for p in a.pins), None)
-        if partners and not claimed & set(partners):
+        if partners and not claimed & set(partners) and not all(a.pins for a in space):
             raise ShardingError(
                 f"`row` line without its `column` partner: {claim.parameter}",
                 where=claim.line.where,
@@ -427,7 +427,9 @@ def _check_rows(
             f"`row` does not hold: the inner axis of {claim.parameter} is not one that a `column` line cuts",
             where=where(pin.node) if pin else claim.line.where,
             why=(pin.reason if pin else f"no parameter shares its {size(term)} positions") + f"; {_line(claim)}",
-            help="name the Linear before it with `column`, or remove the `row` line",
+            help="remove the line, or say `column`: its input stays whole on every rank"
+            if pin
+            else "name the Linear before it with `column`, or remove the `row` line",
         )
 
 

@@ -53,6 +53,31 @@ def test_a_model_that_amplifies_rounding_is_equal(gain: float) -> None:
     assert report.output_error < 1e-11
 
 
+class Looks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 8)
+
+    def forward(self, ids: Tensor, scale: float = 1.0) -> Tensor:
+        return self.table(ids) * scale  # HERE
+
+
+def test_what_the_model_itself_refuses_is_the_users_error() -> None:
+    with pytest.raises(tpcompile.CaptureError, match="Looks itself raised IndexError for the example inputs") as caught:
+        tpcompile.verify(Looks(), degree=1, example_inputs=(torch.tensor([[1, 4]]),))
+    assert caught.value.where is not None
+    assert caught.value.where.text is not None
+    assert "# HERE" in caught.value.where.text
+    assert caught.value.why == "index out of range in self"
+
+
+def test_inputs_that_forward_does_not_take_are_named_with_those_it_takes() -> None:
+    with pytest.raises(tpcompile.CaptureError, match="Looks does not take these example inputs") as caught:
+        tpcompile.verify(Looks(), degree=1, example_inputs={"input_ids": torch.tensor([[1, 3]])})
+    assert caught.value.why == "missing a required argument: 'ids'"
+    assert str(caught.value.help).startswith("its forward takes ids: ")
+
+
 def test_what_is_allowed_to_rounding_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     given, model, inputs = program(1e4)
     native = verify_program(given, model, inputs).native_output_error

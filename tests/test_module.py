@@ -32,6 +32,7 @@ def test_without_a_process_group_it_says_so() -> None:
         tpcompile.compile(zoo.build("mlp"), Spec.parse("up.* column\ndown.* row"), example_inputs=zoo.inputs("mlp"))
     assert caught.value.what == "there is no process group"
     assert caught.value.why == "torch.distributed has no process group yet"
+    assert "init_process_group" in str(caught.value.help)
 
 
 def compiled(name: str, model: nn.Module, inputs: Any = None) -> TensorParallel:

@@ -236,7 +236,10 @@ def resolve_group(group: str | dist.ProcessGroup | None) -> dist.ProcessGroup:
     raise TpcompileError(
         f"there is no process group {group!r}" if group else "there is no process group",
         why=why,
-        help="bind the program to a mesh (tpcompile.compile does), or run it with tpcompile.simulate",
+        help="bind the program to a mesh (tpcompile.compile does), or run it with tpcompile.simulate"
+        if dist.is_initialized()
+        else 'call torch.distributed.init_process_group("gloo") first ("nccl" on GPUs), in a program that torchrun starts; '
+        "to compare all ranks in one process use tpcompile.verify",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 import warnings
@@ -14,7 +15,7 @@ from torch import nn
 from tpcompile.caches import Cut, cut_of
 from tpcompile.capture import Captured
 from tpcompile.compile_cache import cached_capture
-from tpcompile.errors import ShardingError, SpecError
+from tpcompile.errors import CaptureError, ShardingError, SpecError
 from tpcompile.first_passes import FIRST, first_passes
 from tpcompile.models import default_inputs
 from tpcompile.passes import PIPELINE
@@ -127,10 +128,19 @@ def call_arguments(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[Any,
     if example_inputs is None:
         return default_inputs(model)
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    return tuple(example_inputs), {}
+        args, kwargs = (), dict(example_inputs)
+    else:
+        args, kwargs = ((example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)), {}
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"{type(model).__name__} does not take these example inputs",
+            why=str(error),
+            help=f"its forward takes {', '.join(map(str, signature.parameters.values())) or 'none'}",
+        ) from error
+    return args, kwargs
 
 
 def check_degree(degree: Any) -> None:

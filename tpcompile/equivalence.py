@@ -33,6 +33,7 @@ from tpcompile.program import Asked, Program, copy_graph, where
 from tpcompile.report import Collective, held
 from tpcompile.rules import op_name
 from tpcompile.simulate import Simulation
+from tpcompile.tracing import original
 from tpcompile.widen import widen_graph
 
 TOLERANCE = 1e-10
@@ -174,7 +175,9 @@ def check_capture(program: Program, model: nn.Module, args: tuple[Any, ...], kwa
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     try:
         with _same_random_numbers():
-            expected = [_plain(x) for x in caches.leaves(caches.call(model, args, kwargs))]
+            with original(model):
+                result = caches.call(model, args, kwargs)
+            expected = [_plain(x) for x in caches.leaves(result)]
     finally:
         with torch.no_grad():
             for n, b in model.named_buffers():
@@ -298,7 +301,9 @@ def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         for p in model.parameters():
             p.grad = None
         with _same_random_numbers():
-            leaves = caches.leaves(caches.call(model, *inputs))
+            with original(model):
+                result = caches.call(model, *inputs)
+            leaves = caches.leaves(result)
             backward(leaves)
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]

@@ -18,6 +18,7 @@ import tpcompile
 from tpcompile.cli import example_inputs, load
 from tpcompile.collectives import group_device, resolve_group
 from tpcompile.compare import backward, gradient_errors, relative_error
+from tpcompile.tracing import original
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def _rehearse(model: str, spec: str | None, sequence_parallel: bool) -> Rehearse
     whole = loaded.model.to(device)
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (loaded.args, loaded.kwargs))
 
-    expected = backward(whole(*args, **kwargs))
+    with original(whole):
+        result = whole(*args, **kwargs)
+    expected = backward(result)
     gradients = {name: parameter.grad for name, parameter in whole.named_parameters() if parameter.grad is not None}
     whole.zero_grad(set_to_none=True)
 

@@ -46,7 +46,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from tpcompile import attention_masks, caches
-from tpcompile.errors import CaptureError, Where
+from tpcompile.errors import CaptureError, TpcompileError, Where
 
 PLAIN = bool | int | float | complex | str | torch.dtype | torch.device | torch.memory_format | torch.layout | None
 TRACED = object()  # stands for an output leaf that the graph computes
@@ -846,6 +846,24 @@ def _raised_at(error: BaseException | None) -> Where | None:
 
 
 # ---------------------------------------------------------------- errors
+
+
+@contextlib.contextmanager
+def original(model: nn.Module) -> Generator[None]:
+    """What the model itself raises, outside of a trace, as an error for users: values alone can make it fail there."""
+    try:
+        yield
+    except TpcompileError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        below = max(i for i, frame in enumerate(frames) if os.path.dirname(frame.filename) == os.path.dirname(_HERE))
+        raise CaptureError(
+            f"{type(model).__name__} itself raised {type(error).__name__} for the example inputs",
+            where=_pick([(f.filename, f.lineno or 0) for f in frames[below + 1 :]]),
+            why=next(iter(str(error).splitlines()), None),
+            help="give example inputs that the model takes as it is: token ids below its vocabulary, for instance",
+        ) from error
 
 
 def _explained(error: Exception, model: nn.Module) -> CaptureError:
