@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 import tpcompile
 from tpcompile import caches
-from tpcompile.answering import Settings, answering
+from tpcompile.answering import Settings, answering, encoded
 from tpcompile.capture import capture
 from tpcompile.cli import app
 from tpcompile.compile_cache import cached_capture
@@ -353,6 +354,33 @@ def test_a_model_without_words_is_refused() -> None:
     found = CliRunner().invoke(app, ["generate", "hf:llama", "--prompt", "Hello"])
     assert found.exit_code == 2
     assert "error: hf:llama has no tokenizer" in found.stderr
+
+
+def test_ranks_that_are_left_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    def launch(*_: object, watch: Callable[[], None] = lambda: None) -> None:
+        for _ in range(100):
+            try:
+                watch()
+            except TpcompileError:
+                ended.append("at once")
+                raise
+            time.sleep(0.05)
+
+    monkeypatch.setattr("tpcompile.answering.launch", launch)
+    with pytest.raises(KeyboardInterrupt), answering("hf:llama", None, 2):
+        raise KeyboardInterrupt
+    assert ended == ["at once"]
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    def words(text: str, **_: object) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[ord(c) for c in text]], dtype=torch.long)}
+
+    assert encoded(words, "ab")["input_ids"].tolist() == [[97, 98]]
+    with pytest.raises(TpcompileError, match="the prompt has no tokens"):
+        encoded(words, "")
 
 
 @pytest.mark.slow

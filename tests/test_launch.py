@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,11 @@ def hanging() -> None:
     wait_for_the_others()
 
 
+def interrupted() -> str:
+    os.kill(os.getpid(), signal.SIGINT)  # as a terminal does to all processes at Ctrl-C
+    return "still here"
+
+
 def disagreeing() -> list[str]:
     """What each kind of disagreement says; the first is none."""
     rank, found = dist.get_rank(), list[str]()
@@ -84,6 +90,10 @@ def test_a_rank_that_dies_is_named() -> None:
     error = failing(dying)
     assert error.what == "rank 1 of 2 failed"
     assert error.why == "the process exited with status 7 without raising an error"
+
+
+def test_ctrl_c_is_the_parents() -> None:
+    assert run(interrupted, 2) == ["still here"] * 2
 
 
 def test_a_rank_that_hangs_is_named_with_its_place() -> None:

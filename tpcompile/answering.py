@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,14 +83,22 @@ def answering(model: str, spec: str | None, degree: int) -> Generator[Ranks]:
     Raises:
         TpcompileError: the model has no tokenizer, or does not load, compile or generate.
     """
+    left = threading.Event()
+
+    def watch() -> None:
+        if left.is_set():
+            raise TpcompileError("the ranks were left before they ended")
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(launch, _serve, degree, (model, spec, store.port), LONGEST)
+        ended = pool.submit(launch, _serve, degree, (model, spec, store.port), LONGEST, watch=watch)
         ranks = Ranks(store, ended)
         try:
             yield ranks
-        finally:
-            ranks.end()
+        except BaseException:
+            left.set()  # Ctrl-C above all: nothing is waited for, launch ends them
+            raise
+        ranks.end()
 
 
 def _serve(model: str, spec: str | None, port: int) -> None:
@@ -107,7 +116,7 @@ def _serve(model: str, spec: str | None, port: int) -> None:
         turn = 0
         while (asked := _next(store, f"turn/{turn}")) is not None:
             settings = Settings(**asked["settings"])
-            inputs = _encoded(words, asked["prompt"])
+            inputs = encoded(words, asked["prompt"])
             torch.manual_seed(settings.seed)
             stream = _Stream(words, store, f"answer/{turn}") if first else None
             module.generate(**inputs, **settings.arguments(), streamer=stream)
@@ -132,10 +141,17 @@ def _compiled(model: str, spec: str | None) -> Any:
     return tpcompile.compile(load(model, weights=True).model, spec)
 
 
-def _encoded(words: Any, prompt: Any) -> dict[str, torch.Tensor]:
+def encoded(words: Any, prompt: Any) -> dict[str, torch.Tensor]:
     """Token ids and mask, ``[1, s]``."""
     if isinstance(prompt, str):
-        return dict(words(prompt, return_tensors="pt", return_token_type_ids=False))
+        found = dict(words(prompt, return_tensors="pt", return_token_type_ids=False))
+        if found["input_ids"].numel() == 0:
+            raise TpcompileError(
+                f"the prompt has no tokens: {prompt!r}",
+                why="there is nothing to continue, and this tokenizer puts no token in front of a text",
+                help='write a few words: --prompt "Once upon a time"',
+            )
+        return found
     if words.chat_template is None:
         raise TpcompileError(
             "the model's tokenizer has no chat template",

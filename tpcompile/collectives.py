@@ -238,8 +238,8 @@ def resolve_group(group: str | dist.ProcessGroup | None) -> dist.ProcessGroup:
         why=why,
         help="bind the program to a mesh (tpcompile.compile does), or run it with tpcompile.simulate"
         if dist.is_initialized()
-        else 'call torch.distributed.init_process_group("gloo") first ("nccl" on GPUs), in a program that torchrun starts; '
-        "to compare all ranks in one process use tpcompile.verify",
+        else 'start the program with torchrun, and call torch.distributed.init_process_group("gloo") first ("nccl" on '
+        "GPUs); tpcompile.verify needs neither",
     )
 
 

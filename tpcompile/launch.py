@@ -8,9 +8,11 @@ or, worse, compute something else.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import pickle
@@ -21,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
@@ -78,8 +80,9 @@ def launch(
             context.Process(target=_rank, args=(name, rank, ranks, timeout, gpus), daemon=True) for rank in range(ranks)
         ]
         try:
-            for process in processes:
-                process.start()
+            with _uninterrupted():
+                for process in processes:
+                    process.start()
             _wait(processes, folder, timeout, watch)
             return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(ranks)]
         finally:
@@ -88,6 +91,17 @@ def launch(
                     process.kill()
                     process.join()
                     process.close()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Generator[None]:
+    """What is started here never sees Ctrl-C, which a terminal sends to all: the parent is to end them, in silence."""
+    multiprocessing.resource_tracker.ensure_running()  # before Python 3.12 its start would let SIGINT through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(
