@@ -226,6 +226,8 @@ def test_show_folds_alike_layers_and_prints_the_times():
         "down_0  [b, s, 8]  float32  P          h.0.down  model.py:1",
         "    h: 1..2 like 0",
         "",
+        "placement: R whole on every rank, H whole and its gradient a partial sum, "
+        "S(dim:how) cut along dim, P a partial sum",
         "capture 1.25 s, then 0.50 s (place 0.50)",
     ]
 
@@ -278,6 +280,21 @@ def test_comm_joins_alike_layers_and_adds_up():
     assert (document["count"], document["bytes"], len(document["collectives"])) == (3, 6144, 3)
 
 
+def test_one_layer_is_named_and_several_are_a_range(stand_in: SimpleNamespace):
+    stand_in.report = Report(collectives=(Collective("h.0.up"), Collective("h.0.down"), Collective("h.1.down")))
+    lines = call("comm", "m.py:f").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["h.0.up", "h.{0..1}.down"]
+
+
+def test_verify_says_that_nothing_is_cut(stand_in: SimpleNamespace):
+    said = ": nothing is cut, and `tpcompile plan` says why"
+    assert said not in call("verify", "m.py:f").stdout
+    stand_in.report = Report(held=(1.0, 1.0))
+    assert f"100% of the bytes on each rank{said}" in call("verify", "m.py:f").stdout
+    stand_in.report = Report(held=(1.0,))
+    assert said not in call("verify", "m.py:f", "--tp", "1").stdout
+
+
 def test_people_get_colours_and_programs_do_not():
     def written(terminal: bool) -> str:
         console = Console(file=io.StringIO(), force_terminal=terminal, width=60)
@@ -288,6 +305,18 @@ def test_people_get_colours_and_programs_do_not():
 
     assert BOX & set(written(True))
     assert not BOX & set(written(False))
+
+
+def test_a_terminal_that_is_too_narrow_for_numbers_gets_whole_lines():
+    table = display.Table(("ranks", "bytes in all"), (("1", "12.0 KiB"), ("2", "6.0 KiB")), frozenset({0, 1}))
+
+    def lines(width: int) -> list[str]:
+        console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)
+        display.write(console, [table])
+        assert isinstance(console.file, io.StringIO)
+        return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+    assert lines(80) == lines(15) == ["ranks  bytes in all", "    1      12.0 KiB", "    2       6.0 KiB"]
 
 
 def test_no_line_of_a_pipe_is_wrapped():
@@ -314,7 +343,7 @@ def test_run_starts_the_processes_and_reports_each(monkeypatch: pytest.MonkeyPat
         "0     cpu     1.0e-07  2.0e-06    h.0.up.weight    0.25 s",
         "1     cpu     1.0e-07  2.0e-06    h.1.up.weight    0.50 s",
     ]
-    assert started == [(rehearse, 2, ("m.py:f", "a.tpspec", False))]
+    assert started == [(rehearse, 2, ("m.py:f", "a.tpspec", {"sequence_parallel": False, "recompute": None}))]
     gradient_error = 1e-2
     result = call("run", "m.py:f", "--json")
     assert result.exit_code == 1

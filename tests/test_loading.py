@@ -44,6 +44,7 @@ def test_a_check_reads_no_weight(gpt2: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found["whole"] == 2 * sum(x.numel() for x in stored.values())
     assert len(found["held"]) == 3
     assert all(0.3 < n / found["whole"] < 0.45 for n in found["held"])
+    assert call(f"hf:{gpt2}", "--tp", "3", "--check", "--dtype", "bfloat16", "--json").stdout == said.stdout
 
 
 def test_what_cannot_be_loaded_is_said_at_once(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,7 +305,7 @@ def test_a_directory_that_is_none(tmp_path: Path) -> None:
     assert said(f"hf:{tmp_path}") == [
         f"{tmp_path} is not the directory of a model",
         "  why:  it holds neither config.json nor a .gguf file",
-        "  help: name the file itself",
+        "  help: download a model there: hf download NAME --local-dir DIR",
     ]
     (tmp_path / "config.json").write_text("{oh no")
     assert said(f"hf:{tmp_path}")[0] == f"hf:{tmp_path}: {tmp_path}/config.json is not a config.json of transformers"
@@ -458,6 +458,8 @@ def test_a_file_may_import_its_neighbours(here: Path) -> None:
                 "  help: write mine.py:function, with the name of a function that returns the model",
             ],
         ),
+        ("mine.py:", ["'mine.py:' is not a MODEL", "  help: write mine.py:function, with the name of a function that "
+                      "returns the model"]),
         (
             "gpt2",
             [

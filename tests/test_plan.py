@@ -583,7 +583,7 @@ def test_the_verb_does_not_replace_a_file_unless_it_is_forced(net: str, tmp_path
 
 
 def test_the_verb_says_why_it_cannot_write(net: str, tmp_path: Path):
-    for target, said in ((tmp_path, "is a directory"), (tmp_path / "none" / "my.tpspec", "No such file or directory")):
+    for target, said in ((tmp_path, "is a directory"), (tmp_path / "none" / "my.tpspec", "there is no directory")):
         result = call("plan", net, "-o", str(target))
         assert result.exit_code == 2
         assert said in result.stderr

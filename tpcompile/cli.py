@@ -252,10 +252,12 @@ def verify(
             "held": list(report.held),
             "seconds": dict(report.timings),
         }
+        whole = tp > 1 and min(report.held) == 1
+        nothing_is_cut = ": nothing is cut, and `tpcompile plan` says why" if whole else ""
         rows = [
             ("outputs", f"{report.output_error:.1e} worst relative error in float64"),
             ("gradients", f"{report.gradient_error:.1e} worst relative error in float64"),
-            ("parameters", held_text(report.held)),
+            ("parameters", held_text(report.held) + nothing_is_cut),
             ("collectives", collectives_line(report.collectives)),
             ("time", time_text(report.timings)),
         ]
@@ -295,7 +297,11 @@ def show(
             "lines": [dataclasses.asdict(line) for line in lines],
             "seconds": dict(program.timings),
         }
-        return Answer(document, (listing(lines), "", time_text(program.timings)))
+        legend = (
+            "placement: R whole on every rank, H whole and its gradient a partial sum, "
+            "S(dim:how) cut along dim, P a partial sum"
+        )
+        return Answer(document, (listing(lines), "", legend, time_text(program.timings)))
 
     respond(work, json, traceback)
 
@@ -438,7 +444,7 @@ def scale(
     train: Annotated[bool, typer.Option("--train", help="Backward too, and the memory of a training step.")] = False,
     batch: Annotated[int | None, typer.Option("--batch", metavar="B", min=1, help="Batch size.")] = None,
     length: Annotated[int | None, typer.Option("--length", "--seq", metavar="S", min=1, help="Positions.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Convert the model: bfloat16, float16, ...")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="Convert to bfloat16, ...")] = None,
     sequence_parallel: SequenceParallel = False,
     recompute: Again = None,
     cut_logits: Annotated[
@@ -528,7 +534,14 @@ def converted(loaded: Loaded, dtype: str | None, train: bool) -> Mapping[str, ob
 @app.command()
 def explain(
     model: ModelText,
-    name: Annotated[str, typer.Argument(metavar="PARAMETER_OR_MODULE", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A parameter or a module, as the model names it: h.0.attn.c_attn",
+            show_default=False,
+        ),
+    ],
     spec: SpecFile = None,
     tp: Degree = 2,
     sequence_parallel: SequenceParallel = False,
@@ -595,6 +608,7 @@ def run(
     spec: SpecFile = None,
     tp: Degree = 2,
     sequence_parallel: SequenceParallel = False,
+    recompute: Again = None,
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -607,7 +621,7 @@ def run(
         from tpcompile.launch import launch
         from tpcompile.rehearsal import rehearse
 
-        results = launch(rehearse, tp, (model, spec, sequence_parallel))
+        results = launch(rehearse, tp, (model, spec, asked(sequence_parallel, recompute)))
         worst = max(results, key=lambda result: result.excess)
         ok = worst.excess <= 1
         document = {"ok": ok, "model": model, "degree": tp, "ranks": [dataclasses.asdict(result) for result in results]}
@@ -747,11 +761,11 @@ def load_checkpoint(
     def work() -> Answer:
         from tpcompile import loading
 
-        wanted = float_dtype(dtype)
-        fit = loading.fits(directory, spec, tp, wanted)
-        document: dict[str, object] = {"ok": True, "directory": directory, "degree": tp, **dataclasses.asdict(fit)}
+        wanted, place = float_dtype(dtype), directory.removeprefix("hf:")
+        fit = loading.fits(place, spec, tp, wanted)
+        document: dict[str, object] = {"ok": True, "directory": place, "degree": tp, **dataclasses.asdict(fit)}
         shares = [f"{share:.0%}" for share in fit.shares]
-        said = f"{directory}: {fit.model}, {fit.tensors} tensors that fit"
+        said = f"{place}: {fit.model}, {fit.tensors} tensors that fit"
         if check:
             rows = tuple(
                 (str(n), byte_text(held), share) for n, (held, share) in enumerate(zip(fit.held, shares, strict=True))
@@ -759,7 +773,7 @@ def load_checkpoint(
             verdict = Verdict(True, f"can be loaded on {tp} ranks: {said}; nothing was read but headers")
             return Answer(document, (verdict, Table(("rank", "parameters", "of the whole"), rows, frozenset({1, 2}))))
         with loading_bars(tp) as watch:
-            ranks = loading.load(directory, spec, tp, wanted, watch, timeout)
+            ranks = loading.load(place, spec, tp, wanted, watch, timeout)
         document["ranks"] = [dataclasses.asdict(took) for took in ranks]
         rows = tuple(
             (
@@ -847,9 +861,11 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def refuse_to_replace(path: str, force: bool) -> None:
-    """Raise TpcompileError if something is at ``path`` that must not be lost."""
+    """Raise TpcompileError if no file can be at ``path``, or one that must not be lost is."""
     if os.path.isdir(path):
         raise TpcompileError(f"`{path}` is a directory", help=f"name a file in it: {os.path.join(path, 'my.tpspec')}")
+    if not os.path.isdir(parent := os.path.dirname(path) or "."):
+        raise TpcompileError(f"cannot write `{path}`", why=f"there is no directory `{parent}`")
     if os.path.lexists(path) and not force:
         raise TpcompileError(f"`{path}` exists", help="pass --force to replace it, or name another file")
 

@@ -47,11 +47,13 @@ class Diff:
     lines: tuple[str, ...]
 
 
+_NARROWEST = 12  # columns of text; a terminal that has less room breaks the lines of the table itself
+
 Block = str | Table | Verdict | Diff
 
 
 def write(console: Console, blocks: Iterable[Block]) -> None:
-    """Print the blocks: colours and wrapped columns on a terminal, aligned text and whole lines elsewhere."""
+    """Print the blocks: colours and columns wrapped to a terminal's width, aligned text and whole lines elsewhere."""
     for block in blocks:
         match block:
             case str():
@@ -62,7 +64,7 @@ def write(console: Console, blocks: Iterable[Block]) -> None:
                 for line in lines:
                     _line(console, line, _diff_style(line))
             case Table():
-                if console.is_terminal:
+                if console.is_terminal and _fits(block, console.width):
                     console.print(_rich_table(block))
                 else:
                     for line in aligned(block):
@@ -90,10 +92,19 @@ def _diff_style(line: str) -> str:
     return ""
 
 
+def _fits(table: Table, width: int) -> bool:
+    """Whether numbers and their heads stand whole, and texts are broken at no less than ``_NARROWEST`` characters."""
+    rows = [table.head, *(row for row in table.rows if len(row) > 1)]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(table.head))]
+    needed = (n if index in table.right else min(n, _NARROWEST) for index, n in enumerate(widths))
+    return sum(needed) + 2 * (len(widths) - 1) <= width
+
+
 def _rich_table(table: Table) -> RichTable:
     rich = RichTable(box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(table.head):
-        rich.add_column(name, justify="right" if index in table.right else "left", overflow="fold")
+        number = index in table.right
+        rich.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
     for row in table.rows:
         rich.add_row(*(Text(cell, style="dim" if len(row) == 1 else "") for cell in row))
     return rich
@@ -226,6 +237,12 @@ def listing(lines: Iterable[Line]) -> Table:
     return Table(("value", "shape", "dtype", "placement", "module", "source"), rows)
 
 
+def _place_text(place: str, numbers: Sequence[int]) -> str:
+    """``a.h.{}.mlp`` with the numbers of its layers: ``a.h.{0..3}.mlp``, or ``a.h.0.mlp`` of one layer."""
+    known = sorted(set(numbers))
+    return place.replace("{}", str(known[0]) if len(known) == 1 else f"{{{range_text(known)}}}") or "(root)"
+
+
 def collectives_table(collectives: Iterable[Collective]) -> Table:
     """Every collective, those of alike layers in one row, and a row with the totals."""
     groups: dict[tuple[str, str, str, str, str, int], tuple[tuple[int, ...], int]] = {}
@@ -243,7 +260,7 @@ def collectives_table(collectives: Iterable[Collective]) -> Table:
         total += collective.bytes * collective.count
     rows = tuple(
         (
-            place.replace("{}", "{" + range_text(sorted(set(numbers))) + "}") or "(root)",
+            _place_text(place, numbers),
             kind,
             direction,
             shape,
@@ -277,7 +294,7 @@ def memory_table(kept: Iterable[Kept]) -> Table:
         totals[name] = totals.get(name, 0) + line.bytes
     rows = [
         (
-            place.replace("{}", "{" + range_text(sorted(set(groups[key]))) + "}") or "(root)",
+            _place_text(place, groups[key]),
             value,
             op.removeprefix("aten.").removesuffix(".default"),
             shape,

@@ -235,7 +235,8 @@ def _config(transformers: Any, text: str, target: str) -> tuple[Any, Path | None
         gguf = sorted(path.glob("*.gguf"))
         if not (path / "config.json").exists() and len(gguf) != 1:
             found = f"it holds {len(gguf)} .gguf files" if gguf else "it holds neither config.json nor a .gguf file"
-            raise TpcompileError(f"{target} is not the directory of a model", why=found, help="name the file itself")
+            help = "name the file itself" if gguf else "download a model there: hf download NAME --local-dir DIR"
+            raise TpcompileError(f"{target} is not the directory of a model", why=found, help=help)
         path = path / "config.json" if (path / "config.json").exists() else gguf[0]
     if path.is_file() and path.suffix == ".gguf":
         with _reported(f"{text}: the GGUF file cannot be read"):
@@ -444,12 +445,13 @@ def _did_you_mean(word: str, known: list[str]) -> str | None:
 def _from_function(text: str, *, weights: bool) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name:
-        types = [text] if "/" in text or text.endswith(".py") else [f"hf:{text}"]
+        bare = text.rstrip(":")
+        types = [bare] if "/" in bare or bare.endswith(".py") else [f"hf:{bare}"]
         raise TpcompileError(
             f"{text!r} is not a MODEL",
             help=f"write {types[0]} for a model type of transformers, or file.py:function, or package.module:function"
             if types[0].startswith("hf:")
-            else f"write {text}:function, with the name of a function that returns the model",
+            else f"write {bare}:function, with the name of a function that returns the model",
         )
     module = _imported_file(Path(place), text) if place.endswith(".py") else _imported_module(place, text)
     if not hasattr(module, name):

@@ -18,6 +18,7 @@ import tpcompile
 from tpcompile.cli import example_inputs, load
 from tpcompile.collectives import group_device, resolve_group
 from tpcompile.compare import backward, gradient_errors, relative_error
+from tpcompile.program import Asked
 from tpcompile.tracing import original
 
 
@@ -38,17 +39,17 @@ class Rehearsed:
         return max(self.output_error, self.gradient_error) / self.allowed
 
 
-def rehearse(model: str, spec: str | None, sequence_parallel: bool = False) -> Rehearsed:
+def rehearse(model: str, spec: str | None, options: Asked) -> Rehearsed:
     """Run ``model`` whole and cut, forward and backward, in this process of an initialised process group.
 
     Raises:
         TpcompileError: the model does not load or compile, or has no output to compare.
     """
     with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the command's answer
-        return _rehearse(model, spec, sequence_parallel)
+        return _rehearse(model, spec, options)
 
 
-def _rehearse(model: str, spec: str | None, sequence_parallel: bool) -> Rehearsed:
+def _rehearse(model: str, spec: str | None, options: Asked) -> Rehearsed:
     loaded = load(model, weights=True)
     inputs = example_inputs(loaded)
     device = group_device(resolve_group(None))
@@ -61,7 +62,7 @@ def _rehearse(model: str, spec: str | None, sequence_parallel: bool) -> Rehearse
     gradients = {name: parameter.grad for name, parameter in whole.named_parameters() if parameter.grad is not None}
     whole.zero_grad(set_to_none=True)
 
-    shard = tpcompile.compile(whole, spec, example_inputs=inputs, sequence_parallel=sequence_parallel)
+    shard = tpcompile.compile(whole, spec, example_inputs=inputs, **options)
     start = time.perf_counter()
     outputs = backward(shard(*args, **kwargs))
     seconds = time.perf_counter() - start

@@ -54,7 +54,9 @@ def conclusion(scaling: Scaling) -> list[str]:
         return ["no degree is possible"]
     last = scaling.possible[-1].degree
     more = "the largest asked for" if fastest.degree == last else "more ranks do not help"
-    rows = [f"fastest on {_ranks(fastest.degree)} ({more}): {scaling.speedup(fastest):.2f} times {_base(scaling)}"]
+    rows = [f"fastest on {_ranks(fastest.degree)} ({more})"]
+    if fastest is not scaling.possible[0]:
+        rows[0] += f": {scaling.speedup(fastest):.2f} times {_base(scaling)}"
     half = max((p.degree for p in scaling.possible if scaling.efficiency(p) >= 0.5), default=None)
     rows += [f"at least half of every rank is of use up to {_ranks(half)}"] if half is not None else []
     fitting = next((p.degree for p in scaling.possible if scaling.fits(p)), None)

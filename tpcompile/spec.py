@@ -342,7 +342,8 @@ def _unreadable(path: Path, error: OSError) -> SpecError:
     names = sorted(entry.name for entry in path.parent.glob("*.tpspec"))
     why = f"`{path.parent}` holds {' '.join(names)}" if names else f"`{path.parent}` holds no .tpspec"
     near = [str(path.parent / name) for name in _nearest(path.name, names)]
-    return SpecError(what, why=f"no such file; {why}", help=f"did you mean `{near[0]}`?" if near else None)
+    help = f"did you mean `{near[0]}`?" if near else f"`tpcompile plan MODEL -o {path}` writes one"
+    return SpecError(what, why=f"no such file; {why}", help=help)
 
 
 # --- tree to claims ------------------------------------------------------------------------------------------------
