@@ -15,25 +15,24 @@ _Row = tuple[tuple[str, ...], ...]  # per component its alternatives
 
 
 def fold(wanted: Iterable[str], known: Collection[str]) -> list[Pattern]:
-    """Patterns that together match `wanted` and nothing else of `known`, in the order of `wanted`.
+    """Patterns that match each of `wanted` once and nothing else of `known`, in the order of `wanted`.
 
     A character that a pattern cannot have is matched by ``*``: then, and only then, more than `wanted` may match.
     """
-    names = dict.fromkeys(wanted)
-    meant, everything = _by_template(names), _by_template(known)
-    others = [name for name in known if name not in names]
+    meant, everything = _by_template(dict.fromkeys(wanted)), _by_template(known)
     rows: dict[_Row, None] = {}
     for template, members in meant.items():
         starred = tuple((part,) for part in template.split("."))
         exact = members.keys() == everything.get(template, members).keys()
-        if exact and not any(map(_pattern(starred).matches, others)):
+        matches = _pattern(starred).matches
+        if exact and not any(matches(name) for name in known if name not in members):
             rows[starred] = None
         else:
             rows |= {tuple((part,) for part in name.split(".")): None for name in members}
     found = list(rows)
     for position in range(max(map(len, found), default=0)):
         found = _merged(found, position)
-    return [_pattern(_starred(row, others)) for row in found]
+    return [_pattern(_starred(row, known)) for row in found]
 
 
 def _by_template(names: Iterable[str]) -> dict[str, dict[str, None]]:
@@ -56,12 +55,14 @@ def _merged(rows: Iterable[_Row], position: int) -> list[_Row]:
     return [before if alone else (*before, tuple(names), *after) for (alone, before, after), names in found.items()]
 
 
-def _starred(row: _Row, others: Sequence[str]) -> _Row:
-    """``*`` for numbers, from the first, wherever nothing else is matched by it."""
-    for index, names in enumerate(row):
-        if len(names) > 1 and all(name.isdigit() for name in names):
-            wider = (*row[:index], (_STAR,), *row[index + 1 :])
-            row = row if any(map(_pattern(wider).matches, others)) else wider
+def _starred(row: _Row, known: Iterable[str]) -> _Row:
+    """``*`` for numbers, from the first, wherever nothing else is matched by it, other rows' names included."""
+    numbers = [i for i, names in enumerate(row) if len(names) > 1 and all(name.isdigit() for name in names)]
+    own = _pattern(row)
+    others = [name for name in known if not own.matches(name)] if numbers else []
+    for index in numbers:
+        wider = (*row[:index], (_STAR,), *row[index + 1 :])
+        row = row if any(map(_pattern(wider).matches, others)) else wider
     return row
 
 
