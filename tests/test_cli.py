@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false
 # A stand-in is not the class that it stands for.
 
+import errno
 import importlib
 import io
 import json
@@ -317,6 +318,29 @@ def test_a_terminal_that_is_too_narrow_for_numbers_gets_whole_lines():
         return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
     assert lines(80) == lines(15) == ["ranks  bytes in all", "    1      12.0 KiB", "    2       6.0 KiB"]
+
+
+@pytest.mark.parametrize("json_asked", [True, False])
+def test_an_answer_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch, json_asked: bool):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "print_json", full)
+    monkeypatch.setattr(cli, "write", full)
+    result = call("verify", "m.py:f", *(["--json"] if json_asked else []))
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-2:] == [
+        "error: cannot write the answer to standard output",
+        "  why:  No space left on device",
+    ]
+
+
+def test_a_calibration_is_not_lost(tmp_path: Path):
+    (tmp_path / "ours.toml").write_text("measured")
+    result = call("scale", "m.py:f", "--calibrate", str(tmp_path / "ours.toml"))
+    assert result.exit_code == 2
+    assert f"--link {tmp_path / 'ours.toml'}" in result.stderr
+    assert "--force" not in result.stderr  # scale has no such option
 
 
 def test_no_line_of_a_pipe_is_wrapped():

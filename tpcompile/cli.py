@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from tpcompile.models import Loaded
     from tpcompile.program import Asked, Line, Program, Recompute
 
+REPLACE = "pass --force to replace it, or name another file"
 OK, FAILED, USAGE, DEFECT, INTERRUPTED = 0, 1, 2, 70, 130
 
 ModelText = Annotated[
@@ -128,14 +129,17 @@ def respond(work: Callable[[], Answer], json: bool, traceback: bool) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             answer = work()
-        if json:
-            print_json(answer.document)
-        else:
-            write(Console(highlight=False), answer.blocks)
+        with written():
+            if json:
+                print_json(answer.document)
+            else:
+                write(Console(highlight=False), answer.blocks)
+            sys.stdout.flush()
         code = OK if answer.ok else FAILED
     except TpcompileError as error:
         if json:
-            print_json(error_document(error))
+            with contextlib.suppress(OSError):
+                print_json(error_document(error))
         write_error(stderr, error)
         if traceback and (notes := getattr(error, "__notes__", [])):  # a rank of `run` tells its own traceback there
             write(stderr, notes)
@@ -150,6 +154,17 @@ def respond(work: Callable[[], Answer], json: bool, traceback: bool) -> None:
         write_error(stderr, internal_error(error, traceback))
         code = DEFECT
     raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def written() -> Generator[None]:
+    """Standard output that cannot be written (a full disk) is an error for users; a pipe's reader may leave."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        raise TpcompileError("cannot write the answer to standard output", why=error.strerror) from error
 
 
 def print_json(document: Mapping[str, object]) -> None:
@@ -470,7 +485,7 @@ def scale(
         if calibrate is not None:
             from tpcompile.calibration import calibrate as measured
 
-            refuse_to_replace(calibrate, force=False)
+            refuse_to_replace(calibrate, help=f"use what it measured with --link {calibrate}, or name another file")
             save(calibrate, measured().toml(), force=False)
         on = links.machine(calibrate or link)
         loaded = load(model, weights=False)
@@ -860,14 +875,14 @@ def nearest(word: str, known: list[str]) -> str:
     return f"did you mean `{near[0]}`?" if near else f"there are, for example: {', '.join(known[:4])}"
 
 
-def refuse_to_replace(path: str, force: bool) -> None:
+def refuse_to_replace(path: str, force: bool = False, help: str = REPLACE) -> None:
     """Raise TpcompileError if no file can be at ``path``, or one that must not be lost is."""
     if os.path.isdir(path):
         raise TpcompileError(f"`{path}` is a directory", help=f"name a file in it: {os.path.join(path, 'my.tpspec')}")
     if not os.path.isdir(parent := os.path.dirname(path) or "."):
         raise TpcompileError(f"cannot write `{path}`", why=f"there is no directory `{parent}`")
     if os.path.lexists(path) and not force:
-        raise TpcompileError(f"`{path}` exists", help="pass --force to replace it, or name another file")
+        raise TpcompileError(f"`{path}` exists", help=help)
 
 
 def save(path: str, text: str, force: bool) -> None:
