@@ -255,6 +255,11 @@ def other_answers() -> dict[str, Any]:
         dead = torch.ones(2)
         found["in place"] = collectives.all_reduce(dead, world(), inplace=True) is dead
         found["strided"] = collectives.all_reduce(torch.ones(3, 8)[:, :4], world(), inplace=True).tolist()
+    x = torch.ones(2, requires_grad=True)
+    y = collectives.all_reduce(collectives.copy(x, world()) * (rank + 1), world(), inplace=True)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    found["in place, differentiated twice"] = [y.tolist(), grad.tolist(), cast("Tensor", x.grad).tolist()]
     saved = torch.ones(2, requires_grad=True).tanh()  # tanh needs its result for backward
     try:
         collectives.all_reduce(saved, world(), inplace=True).sum().backward()
@@ -372,6 +377,7 @@ def test_in_place_only_where_autograd_allows_it(pair: list[dict[str, Any]]) -> N
         assert rank["other"]["not in place"] == [[1.0, 1.0], [1.0] * 4, [[2.0, 2.0], [2.0, 2.0]]]
         assert rank["other"]["in place"] is True
         assert rank["other"]["strided"] == [[2.0] * 4] * 3
+        assert rank["other"]["in place, differentiated twice"] == [[3.0] * 2, [18.0] * 2, [648.0] * 2]
         assert "modified by an inplace operation" in rank["other"]["overwritten"]
 
 

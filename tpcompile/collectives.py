@@ -671,11 +671,13 @@ def _may_overwrite(x: Tensor) -> bool:
 
 def _overwritten(x: Tensor, group: str) -> Tensor:
     """The sum over ``group``, written over x. Its gradient is that of x, so autograd needs no node for it; that x is
-    another one now, it is told by the version, and whoever kept x for backward is refused there."""
+    another one now, it is told by the version, and whoever kept x for backward is refused there. Only a backward of
+    backward needs one: the gradient of that gradient is partial."""
     if not x.requires_grad:
         return PRIMITIVES["all_reduce"](x, 0, (), group, True)
     PRIMITIVES["all_reduce"](x.detach(), 0, (), group, True)
     torch.autograd.graph.increment_version(x)
+    x.register_hook(lambda grad: copy(grad, group) if torch.is_grad_enabled() else None)
     return x
 
 
