@@ -6,12 +6,14 @@ import copy
 import gc
 import io
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import zoo
+from distributed import run
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -309,6 +311,62 @@ def test_frozen_parameters_stay_frozen(group: None) -> None:
     tp(**zoo.inputs("mlp")).sum().backward()
     assert "up.1.weight" not in tpcompile.full_gradients(tp)
     assert len(tpcompile.full_gradients(tp)) == len(list(model.parameters())) - 1
+
+
+@pytest.mark.distributed
+def test_modes_and_frozen_parameters_may_change_part_by_part() -> None:
+    for rank in run(_changed_in_parts, 2):
+        for what, (found, expected) in rank.items():
+            torch.testing.assert_close(found, expected, msg=lambda text, what=what: f"{what}: {text}")
+
+
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+        self.drop = nn.Dropout(0.5)
+        self.group = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))  # a name that the compiled module has too
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group(self.down(self.drop(self.up(self.norm(x)).relu())))
+
+
+DROPPED = Spec.parse("up column\ndown row\n")
+
+
+def _changed_in_parts() -> dict[str, tuple[object, object]]:
+    torch.manual_seed(0)
+    model = Dropped().double().requires_grad_(False)
+    model.drop.eval()
+    x = torch.randn(3, 5, 4).double()
+    tp = tpcompile.compile(model, DROPPED, example_inputs=(x,))
+    found: dict[str, tuple[object, object]] = {"compiled in parts": (seeded(tp, x=x), seeded(model, x=x))}
+    for each in (model, tp):
+        parts = dict(each.named_modules())
+        parts["drop"].train()
+        parts["group"].eval()
+    found["other parts"] = seeded(tp, x=x), seeded(model, x=x)
+    for each in (model, tp):
+        each.train().requires_grad_(True)
+        torch.manual_seed(5)
+        each(x).square().sum().backward()
+    found["trained"] = tpcompile.full_gradients(tp), {n: p.grad for n, p in model.named_parameters()}
+    return found
+
+
+def test_a_parameter_that_is_no_longer_the_compiled_one_is_refused(group: None) -> None:
+    inputs, name, tied = zoo.inputs("gpt2"), "transformer.ln_f.weight", "lm_head.weight"
+    cases: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
+        (name, Tensor.double, "ln_f.weight is torch.float64, and was compiled as torch.float32"),
+        (name, lambda p: p[:1], r"ln_f.weight has shape \[1\], and this rank's part of it has"),
+        (tied, torch.clone, "were one tied parameter when the model was compiled, and are two now"),
+    ]
+    for name, change, message in cases:
+        tp = compiled("gpt2", zoo.build("gpt2"))
+        path, _, last = name.rpartition(".")
+        setattr(tp.get_submodule(path), last, nn.Parameter(change(tp.get_parameter(name).detach())))
+        with pytest.raises(TpcompileError, match=message):
+            tp(**inputs)
 
 
 def test_saved_and_loaded(group: None) -> None:

@@ -253,14 +253,13 @@ def read_outside(graph: torch.fx.Graph, layers: frozenset[str]) -> list[str]:
 
 def module_at(root: nn.Module, path: str, layers: Iterable[str]) -> nn.Module:
     """The module at a dotted path, made on the way: a :class:`Layer` where a layer belongs, else a plain module."""
-    module = root
+    module: Any = root
     walked = ""
     for part in path.split(".") if path else ():
         walked = f"{walked}.{part}" if walked else part
-        children = dict(module.named_children())
-        if part not in children:
-            module.add_module(part, Layer() if walked in layers else nn.Module())
-        module = module.get_submodule(part)
+        if part not in module._modules:  # written there: a part may have the name of a method of the compiled module
+            module._modules[part] = (Layer() if walked in layers else nn.Module()).train(module.training)
+        module = module._modules[part]
     return module
 
 

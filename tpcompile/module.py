@@ -10,7 +10,6 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from typing import Any, Unpack, cast
 
@@ -29,6 +28,7 @@ from tpcompile.effects import is_random
 from tpcompile.equivalence import check_capture
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.generation import generate, part_of
+from tpcompile.held import Held
 from tpcompile.kept_values import keep
 from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, install, module_at, read_outside, repeated_layers, tensor_at
@@ -153,10 +153,11 @@ def _check_same_weights(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Variant:
-    """One captured form of the model: a training flag, a set of arguments."""
+    """One captured form of the model: modes of its modules, a set of arguments."""
 
     program: Program
-    training: bool
+    modes: list[bool]  # of all modules
+    frozen: list[str]  # parameters to which its code lets no gradient flow
     call: Callable[..., Any]
     random: bool
     outside: list[str]  # tensors of layers that code outside of the layer reads
@@ -180,8 +181,8 @@ class _Variant:
 class TensorParallel(nn.Module):
     """One rank of a model: local parameters under the original names, and the rewritten code.
 
-    Another training flag, set of arguments or autocast state than those compiled for is compiled on its first call,
-    by all ranks together.
+    Other modes (of any module), arguments or autocast than those compiled for are compiled on their first call, by all
+    ranks together; so is a gradient of parameters that were frozen.
     """
 
     def __init__(
@@ -210,12 +211,16 @@ class TensorParallel(nn.Module):
         if hasattr(model, "config"):
             self.config = cast("Any", model).config
         self._fill(model, program, read or _own_weights(program, dist.get_rank(group)))
-        self._add_variant(program)
+        self._held = Held(self, self._names, captured.module_classes)
         self.train(model.training)
+        self._held.take_modes(model)
+        self._add_variant(program)
 
     # ------------------------------------------------------------------------------------------------ parameters
     def _fill(self, model: nn.Module, program: Program, read: Read) -> None:
         """This rank's parameters and the model's buffers, under every name the model has for them."""
+        for path in program.captured.module_classes:
+            module_at(self, path, self._layers)
         local: dict[str, nn.Parameter] = {}
         for name, canonical in self._names.items():
             if canonical not in local:
@@ -223,7 +228,7 @@ class TensorParallel(nn.Module):
                 local[canonical] = nn.Parameter(read(canonical), requires_grad=whole.requires_grad)
                 local[canonical].grad_dtype = whole.grad_dtype
             path, _, last = name.rpartition(".")
-            module_at(self, path, self._layers).register_parameter(last, local[canonical])
+            module_at(self, path, self._layers)._parameters[last] = local[canonical]
         persistent = set(model.state_dict(keep_vars=True))
         tensors = {**program.captured.buffers, **program.captured.constants}
         for name in dict.fromkeys([*(n for n, _ in model.named_buffers()), *tensors]):
@@ -276,7 +281,8 @@ class TensorParallel(nn.Module):
         outside = read_outside(bound, self._layers)
         variant = _Variant(
             program,
-            program.captured.training,
+            self._held.modes(),
+            [n for n, p in program.captured.parameters.items() if not p.requires_grad],
             call,
             random,
             outside,
@@ -291,7 +297,7 @@ class TensorParallel(nn.Module):
     def _variant_for(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], part: str | None = None
     ) -> tuple[_Variant, list[torch.Tensor]]:
-        variants = [v for v in self._variants if v.training == self.training and v.part == part]
+        variants = [v for v in self._variants if v.part == part and self._fits(v)]
         for variant in variants:
             if (flat := variant.accepts(args, kwargs)) is not None and variant.takes(flat):
                 return variant, flat
@@ -310,8 +316,7 @@ class TensorParallel(nn.Module):
                 why="it cannot be copied, so it cannot be captured again",
                 help="compile it in the mode that you run",
             )
-        if skeleton.training != self.training:
-            skeleton.train(self.training)
+        self._held.lend_modes(skeleton)
         try:
             model = skeleton if part is None else part_of(skeleton, part)
             program = rewrite_call(model, self._spec, self._group.size(), args, kwargs, self._options)
@@ -321,6 +326,12 @@ class TensorParallel(nn.Module):
         self._check_layouts(program)
         variant = self._add_variant(program, part, self._add_constants(program))
         return variant, program.captured.flatten(args, kwargs)
+
+    def _fits(self, variant: _Variant) -> bool:
+        """Whether its graph was made in these modes, and for a gradient of every parameter that asks for one."""
+        if variant.modes != self._held.modes():
+            return False
+        return not (variant.frozen and torch.is_grad_enabled() and self._held.trains(variant.frozen))
 
     def _check_layouts(self, program: Program) -> None:
         """Another call's graph must find the parameters, and the caches, as they are held."""
@@ -360,7 +371,6 @@ class TensorParallel(nn.Module):
                 path, _, last = own.rpartition(".")
                 held[own] = tensor.detach().clone()
                 module_at(self, path, self._layers).register_buffer(last, held[own], persistent=False)
-                self.train(self.training)  # the module that holds it may be new
         return renamed
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -401,23 +411,12 @@ class TensorParallel(nn.Module):
                     why="FSDP2 gathers a layer's parameters only while the layer runs",
                     help="compile with per_layer=True, or apply fully_shard to the whole module alone",
                 )
-        name = self._first_parameter  # one tells: a policy's dtype is that of all parameters of the root
-        wanted = variant.program.captured.parameters.get(self._names.get(name, name))
-        if wanted is not None and wanted.dtype != (now := tensor_at(self, name).dtype):
-            raise TpcompileError(
-                f"parameter {name} is {now}, and was compiled as {wanted.dtype}",
-                why="dtypes are part of the captured graph; a MixedPrecisionPolicy of fully_shard changes them",
-                help="use a policy without param_dtype, and convert the model before it is compiled",
-            )
-
-    @cached_property
-    def _first_parameter(self) -> str:
-        return next((name for name, _ in self.named_parameters()), "")
+        self._held.check()
 
     def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """``forward`` as torch.compile traces it: the graph alone, where there is one for this call."""
         for variant in self._variants:
-            if variant.part is not None or variant.training != self.training or variant.program.held:
+            if variant.part is not None or variant.program.held or not self._fits(variant):
                 continue
             if (flat := variant.accepts(args, kwargs)) is not None:
                 if variant.random:

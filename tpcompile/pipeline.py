@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile.effects import has_effect, is_random
 from tpcompile.errors import CaptureError, RuntimeMismatchError, TpcompileError
+from tpcompile.held import Held
 from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, install, module_at, read_outside
 from tpcompile.module import TensorParallel, bind, is_dtensor
@@ -84,10 +85,15 @@ class Stage(TensorParallel):
         read = {str(node.target) for node in part.find_nodes(op="get_attr")}
         self._fill_from(whole, read, stage)
         call = install(self, part, self._layers, self._functions, whole.program.captured.training)
-        self._variants = [replace(whole._variants[0], call=call, outside=read_outside(part, self._layers))]
+        first, paths = whole._variants[0], [path for path, _ in self.named_modules()]
+        self._held = Held(self, self._names, paths)
+        modes = whole._held.modes_of(first.modes, paths)
+        frozen = [n for n in first.frozen if n in held]
+        outside = read_outside(part, self._layers)
+        self._variants = [replace(first, call=call, outside=outside, modes=modes, frozen=frozen)]
         self._last = stage == count - 1
         self._received = len(crossing(graph, stages, stage - 1))
-        self.train(whole.training)
+        self._held.take_modes(whole)
 
     def _fill_from(self, whole: TensorParallel, read: set[str], stage: int) -> None:
         """This stage's parameters and buffers: those of ``whole``; buffers that no code reads stay in the first."""
@@ -99,7 +105,7 @@ class Stage(TensorParallel):
                 )
             if name in self._names:
                 path, _, last = name.rpartition(".")
-                module_at(self, path, self._layers).register_parameter(last, parameter)
+                module_at(self, path, self._layers)._parameters[last] = parameter
         persistent = set(whole.state_dict(keep_vars=True))
         aliases = whole.program.captured.aliases
         for name, buffer in whole.named_buffers(remove_duplicate=False):
@@ -110,11 +116,17 @@ class Stage(TensorParallel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the class."""
         (variant,) = self._variants
-        if variant.training != self.training:
+        if variant.modes != self._held.modes():
             raise CaptureError(
-                f"the stage was compiled for {'train' if variant.training else 'eval'} mode",
-                why="a stage is a part of one captured graph",
+                f"the stage was compiled for {'train' if variant.program.captured.training else 'eval'} mode",
+                why="a stage is a part of one captured graph, in which the mode of every module is fixed",
                 help="call model.train() or model.eval() before tpcompile.compile",
+            )
+        if not self._fits(variant):
+            raise CaptureError(
+                "the stage was compiled with frozen parameters that ask for gradients now",
+                why="its graph lets no gradient flow to them",
+                help="call requires_grad_() on parameters before tpcompile.compile",
             )
         self._check_held(variant)
         received, given = args[: self._received], args[self._received :]
