@@ -615,6 +615,11 @@ def test_another_call_is_refused_by_name(call: Call, expected: list[str]) -> Non
     assert message(lambda: captured.flatten(*call)) == expected
 
 
+def test_a_call_without_tensors_fails_as_the_model_does() -> None:
+    with pytest.raises(CaptureError, match="must be Tensor, not"):
+        capture(nn.Linear(4, 4), (3,))
+
+
 def test_an_argument_that_hides_tensors_is_refused() -> None:
     class Box:
         tensor = torch.ones(4)

@@ -7,7 +7,7 @@ import gc
 import io
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ import torch.distributed as dist
 import zoo
 from distributed import run
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import tpcompile
 from tpcompile import module as module_file
@@ -213,6 +215,31 @@ def test_autocast_is_compiled_too(group: None) -> None:
     assert not torch.equal(got, plain)
 
 
+def test_compiled_and_called_in_inference_mode_it_trains_afterwards(group: None) -> None:
+    model, inputs = zoo.build("gpt2"), zoo.inputs("gpt2")
+    with torch.inference_mode():
+        tp = compiled("gpt2", model, {**inputs, "use_cache": False})
+        same = torch.ones_like(inputs["input_ids"])
+        torch.testing.assert_close(tp(same).logits, model(same).logits)  # another graph, of an inference tensor
+    for each in (tp, model):
+        each(**inputs, labels=inputs["input_ids"]).loss.backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    torch.testing.assert_close(tpcompile.full_gradients(tp), expected)
+    with torch.inference_mode():
+        model = copy.deepcopy(model)
+    with pytest.raises(TpcompileError, match="was made in torch"):
+        compiled("gpt2", model)
+
+
+def test_a_first_call_may_be_checkpointed(group: None) -> None:
+    model = zoo.build("mlp")
+    tp = compiled("mlp", model)
+    for each in (tp.train(), model.train()):
+        torch.manual_seed(5)
+        cast("Tensor", checkpoint(each, use_reentrant=False, **zoo.inputs("mlp"))).sum().backward()
+    torch.testing.assert_close(tpcompile.full_gradients(tp), {n: p.grad for n, p in model.named_parameters()})
+
+
 def test_more_variants_than_anyone_needs_are_refused(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_file, "MAX_VARIANTS", 1)
     tp = compiled("mlp", zoo.build("mlp"))
@@ -367,6 +394,28 @@ def test_a_parameter_that_is_no_longer_the_compiled_one_is_refused(group: None) 
         setattr(tp.get_submodule(path), last, nn.Parameter(change(tp.get_parameter(name).detach())))
         with pytest.raises(TpcompileError, match=message):
             tp(**inputs)
+
+
+def test_a_copy_has_weights_of_its_own_and_lives_on(group: None) -> None:
+    model, inputs = zoo.build("mlp", training=True), zoo.inputs("mlp")
+    tp = compiled("mlp", model)
+    average = AveragedModel(tp)
+    again = copy.deepcopy(tp)
+    with torch.no_grad():
+        for p in tp.parameters():
+            p.zero_()
+    model.eval()
+    for each in (average.eval(), again.eval()):  # another graph
+        torch.testing.assert_close(seeded(each, **inputs), seeded(model, **inputs))
+        each(**inputs).sum().backward()
+    assert tpcompile.full_gradients(again).keys() == dict(model.named_parameters()).keys()
+    assert all(p.grad is None for p in tp.parameters())
+    assert len(tp._variants) == 1
+    again.get_submodule("up.0").weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(TpcompileError, match=r"up.0.weight has shape \[1\]"):
+        again(**inputs)
+    with pytest.raises(TpcompileError, match="a compiled module cannot be pickled"):
+        torch.save({"model": tp}, io.BytesIO())
 
 
 def test_saved_and_loaded(group: None) -> None:

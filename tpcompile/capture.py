@@ -7,12 +7,13 @@ assumed of sizes, constants and arguments is checked on every call, and refused 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -317,6 +318,23 @@ def _named(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[st
 def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     kinds = ("cpu", "cuda")
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
+
+
+@contextlib.contextmanager
+def set_apart() -> Generator[None]:
+    """Make what outlives a call: inference mode around the call, and hooks on what it saves for backward (activation
+    checkpointing), do not reach it."""
+    with contextlib.ExitStack() as around:
+        if torch.is_inference_mode_enabled():
+            around.enter_context(torch.inference_mode(False))
+            around.enter_context(torch.no_grad())
+        if _saved_tensors_hooks(False):
+            around.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
+        yield
+
+
+_autograd: Any = getattr(getattr(torch, "_C"), "_autograd")  # noqa: B009 - private, and the only place to ask
+_saved_tensors_hooks: Callable[[bool], Any] = _autograd._top_saved_tensors_default_hooks
 
 
 def outside_autocast(function: Callable[..., Any], state: tuple[tuple[str, torch.dtype], ...]) -> Callable[..., Any]:

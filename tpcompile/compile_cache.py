@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from tpcompile import captured_json
-from tpcompile.capture import Captured, capture
+from tpcompile.capture import Captured, capture, set_apart
 from tpcompile.captured_json import NotStorableError
 from tpcompile.fingerprint import Fingerprint, NotCacheableError, fingerprint, is_trusted
 
@@ -51,6 +51,7 @@ def directory() -> Path | None:
     return None
 
 
+@set_apart()
 def cached_capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
     """`tpcompile.capture.capture`, from the cache where it has this capture, and stored where it can be.
 

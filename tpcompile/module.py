@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile import shards
 from tpcompile.caches import Cut, cut_of, mark_cut, restores, taken_apart
-from tpcompile.capture import outside_autocast
+from tpcompile.capture import outside_autocast, set_apart
 from tpcompile.collectives import group_device, resolve_group, transition_of
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, held_parts, rewrite
 from tpcompile.effects import is_random
@@ -50,6 +50,7 @@ UNTRACED = (
 """What torch.compile(fullgraph=True) says to a call that must be captured, or refused, first."""
 
 
+@set_apart()
 def compile(
     model: nn.Module,
     spec: SpecLike = None,
@@ -71,8 +72,9 @@ def compile(
 
     Raises:
         TpcompileError: see :func:`tpcompile.rewrite`; and when there is no process group, when parameters are on the
-            meta device, when ranks bring different programs or weights (RuntimeMismatchError), or when the model
-            computes something else for the example inputs than its captured graph (CaptureError).
+            meta device or made in inference mode, when ranks bring different programs or weights
+            (RuntimeMismatchError), or when the model computes something else for the example inputs than its captured
+            graph (CaptureError).
     """
     group = group_of(mesh)
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
@@ -81,6 +83,13 @@ def compile(
             f"parameter {meta} is on the meta device: it has no value",
             why="compile gives every rank its part of the weights",
             help="load the weights first; for a model without weights use tpcompile.rewrite or the command line",
+        )
+    inferred = next((n for n, p in model.named_parameters() if p.is_inference()), None)
+    if inferred is not None:
+        raise TpcompileError(
+            f"parameter {inferred} was made in torch.inference_mode",
+            why="autograd cannot read such a tensor, so the model cannot be traced",
+            help="build, load or copy the model outside of torch.inference_mode; compile may be called inside of it",
         )
     given = call_arguments_as_inputs(model, example_inputs)
     program = rewrite(model, spec, degree=group.size(), example_inputs=given, **options)
@@ -242,6 +251,24 @@ class TensorParallel(nn.Module):
         """How every parameter is cut: one layout per dim, by original name."""
         return {name: self._layouts[c] for name, c in self._names.items() if c in self._layouts}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorParallel:
+        """Modules, parameters and buffers of its own; the ranks and the code are shared."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        shared = [self._group, self._stage_group, self._functions, self.__dict__.get("_skeleton"), *self._variants]
+        memo |= {id(x): x for x in shared}
+        copied.__dict__ = copy.deepcopy({n: x for n, x in self.__dict__.items() if n != "_untraced"}, memo)
+        copied._untraced = torch.compiler.disable(copied._eager, reason=UNTRACED)
+        return copied
+
+    def __getstate__(self) -> Any:
+        """Refused: pickled, it would be tied to this run's process groups."""
+        raise TpcompileError(
+            "a compiled module cannot be pickled",
+            why="it holds the process group of this run, and only one rank's part of the weights",
+            help="save it with tpcompile.save or tpcompile.export, or its tensors with tp.state_dict() or "
+            "tpcompile.full_state_dict(tp)",
+        )
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TensorParallel:
         sample = next(iter(self.parameters()), None)
         changed = sample if sample is None else fn(sample.detach().reshape(-1)[:0])
@@ -309,6 +336,14 @@ class TensorParallel(nn.Module):
                     return variant, flat
             except CaptureError as error:
                 refused = refused or error
+        variant = self._captured_again(args, kwargs, part, refused)
+        return variant, variant.program.captured.flatten(args, kwargs)
+
+    @set_apart()
+    def _captured_again(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], part: str | None, refused: CaptureError | None
+    ) -> _Variant:
+        """The graph of a call that none fits, of which one was ``refused``."""
         skeleton = self.original
         if skeleton is None or len(self._variants) >= MAX_VARIANTS:
             raise refused or CaptureError(
@@ -324,8 +359,7 @@ class TensorParallel(nn.Module):
             raise error from refused
         check_same(program, self._group)
         self._check_layouts(program)
-        variant = self._add_variant(program, part, self._add_constants(program))
-        return variant, program.captured.flatten(args, kwargs)
+        return self._add_variant(program, part, self._add_constants(program))
 
     def _fits(self, variant: _Variant) -> bool:
         """Whether its graph was made in these modes, and for a gradient of every parameter that asks for one."""

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
+from tpcompile.capture import set_apart
 from tpcompile.checkpoint_files import Checkpoint, Files, names_in, whole
 from tpcompile.checkpoint_sources import Sources, keys_pattern, sources_of
 from tpcompile.collectives import group_device
@@ -83,6 +84,7 @@ def from_pretrained(
     return module
 
 
+@set_apart()
 def load(
     directory: str | os.PathLike[str],
     spec: SpecLike = None,

@@ -193,7 +193,8 @@ def _traced(
         before = _public_state(model)
         flat = _Flat(model, rebuild, trace)
         with attention_masks.as_in_eager(trace.masks):
-            trace.program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
+            dims = (shapes,) if shapes else None
+            trace.program = torch.export.export(flat, tensors, dynamic_shapes=dims, strict=False)
         after = _public_state(model)
     _refuse_functions(trace.functions)
     trace.state |= {name for name, held in after.items() if not _identical(held, before.get(name))}
@@ -338,6 +339,7 @@ def _example(example: torch.Tensor) -> torch.Tensor:
         return torch.zeros(
             tuple(example.shape), dtype=example.dtype, device=device, requires_grad=example.requires_grad
         )
+    example = example.clone() if example.is_inference() else example
     return example.detach().requires_grad_(example.requires_grad)
 
 
