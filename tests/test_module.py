@@ -396,6 +396,27 @@ def test_a_parameter_that_is_no_longer_the_compiled_one_is_refused(group: None) 
             tp(**inputs)
 
 
+@pytest.mark.distributed
+def test_a_rank_refuses_the_state_of_another_one() -> None:
+    first, second = run(_loaded_from_rank_0, 2)
+    assert first == "<All keys matched successfully>"
+    assert second.splitlines()[0] == "this is the state dict of rank 0 of 2, and this is rank 1 of 2"
+
+
+def _loaded_from_rank_0() -> str:
+    x = torch.ones(3, 5, 4).double()
+    torch.manual_seed(0)
+    tp = tpcompile.compile(Dropped().double(), DROPPED, example_inputs=(x,))
+    file = io.BytesIO()
+    torch.save(tp.state_dict(), file)
+    sent = [file.getvalue()]
+    dist.broadcast_object_list(sent, 0)
+    try:
+        return str(tp.load_state_dict(torch.load(io.BytesIO(sent[0]), weights_only=True)))
+    except TpcompileError as error:
+        return str(error)
+
+
 def test_a_copy_has_weights_of_its_own_and_lives_on(group: None) -> None:
     model, inputs = zoo.build("mlp", training=True), zoo.inputs("mlp")
     tp = compiled("mlp", model)

@@ -269,6 +269,28 @@ class TensorParallel(nn.Module):
             "tpcompile.full_state_dict(tp)",
         )
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # what torch keeps beside a state dict, in files too
+            destination._metadata[prefix[:-1]]["rank"] = self._rank()
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        found, mine = local_metadata.get("rank"), self._rank()
+        if found is not None and found != mine:
+            raise TpcompileError(
+                f"this is the state dict of rank {found[0]} of {found[1]}, and this is rank {mine[0]} of {mine[1]}",
+                why="every rank holds other parts of the weights, of the same names and often of the same shapes",
+                help="have every rank save to and load from a file of its own; tpcompile.save and tpcompile.load need "
+                "no file per rank, nor the same number of ranks",
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _rank(self) -> list[int]:
+        """This rank's index among those that the model is cut over, and how many they are."""
+        return [dist.get_rank(self._group), self._group.size()]
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TensorParallel:
         sample = next(iter(self.parameters()), None)
         changed = sample if sample is None else fn(sample.detach().reshape(-1)[:0])
