@@ -39,6 +39,7 @@ from tpcompile.program import Asked, Options, Program
 from tpcompile.same_calls import VARIABLE, check_same_call, is_due, setting
 from tpcompile.spec import Spec
 from tpcompile.traced_calls import Accepts, accepts
+from tpcompile.whole_gradients import watch
 
 Read = Callable[[str], torch.Tensor]
 """From the canonical name of a parameter to this rank's part of it, as a tensor of its own."""
@@ -238,6 +239,7 @@ class TensorParallel(nn.Module):
                 local[canonical].grad_dtype = whole.grad_dtype
             path, _, last = name.rpartition(".")
             module_at(self, path, self._layers)._parameters[last] = local[canonical]
+        watch((name, x) for name, x in local.items() if any(axes_of(dim) for dim in self._layouts.get(name, ())))
         persistent = set(model.state_dict(keep_vars=True))
         tensors = {**program.captured.buffers, **program.captured.constants}
         for name in dict.fromkeys([*(n for n, _ in model.named_buffers()), *tensors]):
