@@ -512,17 +512,16 @@ def _sizes_in(graph_module: fx.GraphModule) -> tuple[set[sympy.Symbol], set[int]
 def _unsuited(found: Trace, hints: Mapping[sympy.Symbol, int]) -> set[tuple[int, int]]:
     """The dims of the symbol that has a part in most of the conditions that no hints meet: few sizes do, and often one
     alone, so that it is a fixed size."""
-    symbols: set[Any] = found.dims().keys() & hints.keys()
-    failed: list[set[Any]] = [guard.condition.free_symbols & symbols for guard in found.guards if guard.fails(hints)]
+    failed: list[set[Any]] = [guard.condition.free_symbols for guard in found.guards if guard.fails(hints)]
     count = Counter(sorted(itertools.chain.from_iterable(failed), key=str))
-    return _places(found, {symbol for symbol, _ in count.most_common(1)})
+    return next((places for symbol, _ in count.most_common() if (places := _places(found, {symbol}))), set())
 
 
 def _places(found: Trace, symbols: Collection[sympy.Symbol]) -> set[tuple[int, int]]:
     """The dims of inputs whose sizes these symbols decide."""
-    return {
-        place for place, symbol in found.env.places.items() if found.env.replace(symbol).free_symbols & set(symbols)
-    }
+    replace: Callable[[sympy.Symbol], Any] = found.env.replace
+    asked = {one for symbol in symbols for one in replace(symbol).free_symbols}
+    return {place for place, symbol in found.env.places.items() if replace(symbol).free_symbols & asked}
 
 
 def _narrow(graph_module: fx.GraphModule, found: Trace, hints: Mapping[sympy.Symbol, int]) -> set[tuple[int, int]]:
