@@ -14,6 +14,7 @@ import networkx as nx
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 from zoo import GPT, GPTSizes, _transformers
 
 import tpcompile
-from tpcompile import planner
+from tpcompile import models, planner, report
 from tpcompile.capture import Captured, capture
 from tpcompile.cli import app
 from tpcompile.compiler import choose_spec, rewrite_captured
@@ -170,6 +171,28 @@ def test_a_plan_cuts_what_the_shipped_spec_cuts(name: str, degree: int):
     got = held(rewrite_captured(graph, planned, model, degree, ((), inputs), cutting))
     assert [n for n in want if want[n] != got[n]] == []
     assert any(part[0] != part[1] for part in want.values()), "something is cut at all"
+
+
+REAL_WIDTHS: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_next": {"num_hidden_layers": 1, "layer_types": ["linear_attention"]},
+    "deepseek_v4": {
+        "num_hidden_layers": 2,
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+    },
+    "modernbert-decoder": {"num_hidden_layers": 2},
+}
+"""Models whose guards leave their lengths few values, so that a hint may be a divisor of what is to be cut."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", REAL_WIDTHS)
+def test_models_are_cut_at_their_real_widths(kind: str) -> None:
+    config = transformers.CONFIG_MAPPING[kind](**REAL_WIDTHS[kind])
+    with torch.device("meta"):
+        model = models.usual_class(config, kind)(config).eval()
+    program = tpcompile.rewrite(model, degree=2)
+    assert max(report.held(program)) < 0.6
 
 
 @pytest.mark.parametrize("name", PLANNED)
