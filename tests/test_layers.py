@@ -16,6 +16,8 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from tpcompile import layers as layers_file
 from tpcompile.capture import Captured, capture
+from tpcompile.errors import TpcompileError
+from tpcompile.inner import Inner
 from tpcompile.layers import Functions, Layer, call_layer, install, module_at, nest, repeated_layers, tensor_at
 from tpcompile.module import bind
 
@@ -50,7 +52,7 @@ def test_a_tree_is_made_on_the_way() -> None:
     root = nn.Module()
     made = module_at(root, "a.h.0.up", {"a.h.0"})
     assert isinstance(root.get_submodule("a.h.0"), Layer)
-    assert [type(root.get_submodule(path)) for path in ("a", "a.h", "a.h.0.up")] == [nn.Module] * 3
+    assert [type(root.get_submodule(path)) for path in ("a", "a.h", "a.h.0.up")] == [Inner] * 3
     assert module_at(root, "a.h.0.up", {"a.h.0"}) is made
     assert module_at(root, "", ()) is root
 
@@ -376,3 +378,23 @@ def test_what_is_behind_wrappers_is_found_and_hooks_of_layers_run() -> None:
         assert torch.equal(call_layer(root, ("a", "h"), 0, torch.full((2,), 5.0)), torch.full((2,), 5.0))
         assert tensor_at(root, "a.h.weight") is layer.weight
         assert len(calls) == 1 + wrapped
+
+
+def test_what_never_runs_is_neither_hooked_nor_called() -> None:
+    root = nn.Module()
+    norm, layer = module_at(root, "h.norm", {"h.0"}), module_at(root, "h.0", {"h.0"})
+    for register in (
+        norm.register_forward_hook,
+        norm.register_forward_pre_hook,
+        norm.register_full_backward_hook,
+        norm.register_full_backward_pre_hook,
+        norm.register_backward_hook,
+        copy.deepcopy(norm).register_forward_hook,
+    ):
+        with pytest.raises(TpcompileError, match=r"^a hook on h\.norm would never run") as caught:
+            register(print)
+        assert "repeated layers" in str(caught.value.help)
+    for module, path in ((norm, r"h\.norm"), (layer, r"h\.0")):
+        with pytest.raises(TpcompileError, match=f"^{path} cannot be called by itself"):
+            module(torch.ones(2))
+    assert {*norm.state_dict()} == set()

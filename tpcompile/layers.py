@@ -21,18 +21,22 @@ from tpcompile.bindings import bind_directly
 from tpcompile.column_products import call_together
 from tpcompile.cross_entropy_sums import sum_together
 from tpcompile.effects import is_random
+from tpcompile.inner import Inner, not_callable
 from tpcompile.recomputation import Region, folded, recompute
 
 
 class Layer(nn.Module):
     """One repeated layer: its parameters under their original names, and the code of each call of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str = "") -> None:
         super().__init__()
+        self._path = path
         self.calls: list[Callable[..., Any]] = []
 
     def forward(self, call: int, *tensors: torch.Tensor) -> Any:
         """Call number ``call`` (a layer may run several times a step, and in train and eval mode)."""
+        if type(call) is not int:  # of a user, who has the arguments of the model's own layer
+            raise not_callable(self._path)
         return self.calls[call](self, *tensors)
 
 
@@ -252,13 +256,13 @@ def read_outside(graph: torch.fx.Graph, layers: frozenset[str]) -> list[str]:
 
 
 def module_at(root: nn.Module, path: str, layers: Iterable[str]) -> nn.Module:
-    """The module at a dotted path, made on the way: a :class:`Layer` where a layer belongs, else a plain module."""
+    """The module at a dotted path, made on the way: a :class:`Layer` where a layer belongs, else an :class:`Inner`."""
     module: Any = root
     walked = ""
     for part in path.split(".") if path else ():
         walked = f"{walked}.{part}" if walked else part
         if part not in module._modules:  # written there: a part may have the name of a method of the compiled module
-            module._modules[part] = (Layer() if walked in layers else nn.Module()).train(module.training)
+            module._modules[part] = (Layer if walked in layers else Inner)(walked).train(module.training)
         module = module._modules[part]
     return module
 
