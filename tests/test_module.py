@@ -286,6 +286,47 @@ def test_a_wrong_input_is_refused_with_the_models_line(group: None) -> None:
     assert tp(torch.ones(2, 4)).shape == (2, 4)
 
 
+class Contained(nn.Module):
+    """With every kind of container, one of them as a repeated layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
+        self.heads: Any = nn.ModuleDict({"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)})
+        self.tail = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.scales = nn.ParameterList([torch.ones(4), torch.full((4,), 2.0)])
+        self.shifts = nn.ParameterDict({"one": torch.ones(4), "two": torch.zeros(4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        x = self.heads["down"](self.heads["up"](x))
+        return self.tail(x) * self.scales[1] * self.scales[0] + self.shifts["one"] + self.shifts["two"]
+
+
+def test_containers_are_accessed_as_those_of_the_model(group: None) -> None:
+    model, x = Contained(), torch.randn(2, 4)
+    tp: Any = tpcompile.compile(model, Spec.parse(""), example_inputs=(x,))
+    for each in (tp, copy.deepcopy(tp)):
+        assert isinstance(each.get_submodule("blocks"), nn.ModuleList)
+        assert len(each.blocks) == 3
+        assert [*each.blocks] == [each.get_submodule(f"blocks.{i}") for i in range(3)]
+        assert all(isinstance(block, Layer) for block in each.blocks)
+        assert each.blocks[-1] is each.blocks[2]
+        assert [*each.blocks[1:]] == [each.blocks[1], each.blocks[2]]
+        assert each.blocks[0][0] is each.get_submodule("blocks.0.0")
+        assert len(each.blocks[0][:1]) == 1
+        assert [*each.heads.keys()] == ["up", "down"]
+        assert each.heads["up"] is each.get_submodule("heads.up")
+        assert [*each.tail] == [each.tail[0], each.tail[1]]
+        assert [torch.equal(p, q) for p, q in zip(each.scales, model.scales, strict=True)] == [True, True]
+        assert {n: p is each.get_parameter(f"shifts.{n}") for n, p in each.shifts.items()} == {"one": True, "two": True}
+        torch.testing.assert_close(each(x), model(x))
+    assert [*tp.state_dict()] == [*model.state_dict()]
+    with pytest.raises(TpcompileError, match="tail cannot be called by itself"):
+        tp.tail(x)
+
+
 def test_train_and_eval_reach_every_module(nanogpt: Pair, gpt2: Pair) -> None:
     assert all(module.training for module in nanogpt[1].modules())
     assert not any(module.training for module in gpt2[1].modules())

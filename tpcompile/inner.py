@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from copy import copy
+from functools import cache
+from typing import Any, NoReturn, cast
 
 from torch import nn
 
@@ -12,8 +14,8 @@ from tpcompile.errors import TpcompileError
 class Inner(nn.Module):
     """A module of the model, under its original name. It never runs, so it can neither be called nor hooked."""
 
-    def __init__(self, path: str = "") -> None:
-        super().__init__()
+    def __init__(self, *contents: Any, path: str = "") -> None:
+        super().__init__(*contents)  # which a container has that is a slice of another one
         self._path = path
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
@@ -32,6 +34,24 @@ class Inner(nn.Module):
     register_backward_hook = register_full_backward_hook = register_full_backward_pre_hook = _refuse_hook
 
 
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+
+
+def made_like(kind: type[nn.Module], path: str, original: nn.Module | None) -> nn.Module:
+    """An empty ``kind`` for ``path``; a container too where the model's own module is one, with its length and keys."""
+    container = next((c for c in CONTAINERS if isinstance(original, c)), None)
+    made = cast("Any", kind if container is None else _contained(kind, container))(path=path)
+    for name in ("_size", "_keys"):  # of lists and dicts of parameters; those of modules ask their modules
+        if container is not None and name in vars(original):
+            made.__dict__[name] = copy(vars(original)[name])
+    return made
+
+
+@cache
+def _contained(kind: type[nn.Module], container: type[nn.Module]) -> type[nn.Module]:
+    return type(container.__name__, (kind, container), {"__module__": kind.__module__})
+
+
 def not_callable(path: str) -> TpcompileError:
     """What is said to a call of the module at ``path`` by itself."""
     return TpcompileError(
@@ -41,4 +61,4 @@ def not_callable(path: str) -> TpcompileError:
     )
 
 
-__all__ = ["Inner", "not_callable"]
+__all__ = ["Inner", "made_like", "not_callable"]

@@ -21,15 +21,15 @@ from tpcompile.bindings import bind_directly
 from tpcompile.column_products import call_together
 from tpcompile.cross_entropy_sums import sum_together
 from tpcompile.effects import is_random
-from tpcompile.inner import Inner, not_callable
+from tpcompile.inner import Inner, made_like, not_callable
 from tpcompile.recomputation import Region, folded, recompute
 
 
 class Layer(nn.Module):
     """One repeated layer: its parameters under their original names, and the code of each call of it."""
 
-    def __init__(self, path: str = "") -> None:
-        super().__init__()
+    def __init__(self, *contents: Any, path: str = "") -> None:
+        super().__init__(*contents)
         self._path = path
         self.calls: list[Callable[..., Any]] = []
 
@@ -255,14 +255,20 @@ def read_outside(graph: torch.fx.Graph, layers: frozenset[str]) -> list[str]:
     return [name for name in read if any(name.startswith(f"{layer}.") for layer in layers)]
 
 
-def module_at(root: nn.Module, path: str, layers: Iterable[str]) -> nn.Module:
-    """The module at a dotted path, made on the way: a :class:`Layer` where a layer belongs, else an :class:`Inner`."""
+def module_at(root: nn.Module, path: str, layers: Iterable[str], model: nn.Module | None = None) -> nn.Module:
+    """The module at a dotted path, made on the way: a :class:`Layer` where a layer belongs, else an :class:`Inner`.
+
+    What is a container (a ModuleList) in ``model`` is made as one.
+    """
     module: Any = root
+    original: Any = model
     walked = ""
     for part in path.split(".") if path else ():
         walked = f"{walked}.{part}" if walked else part
+        original = None if original is None else original._modules.get(part)
         if part not in module._modules:  # written there: a part may have the name of a method of the compiled module
-            module._modules[part] = (Layer if walked in layers else Inner)(walked).train(module.training)
+            kind = Layer if walked in layers else Inner
+            module._modules[part] = made_like(kind, walked, original).train(module.training)
         module = module._modules[part]
     return module
 

@@ -230,7 +230,7 @@ class TensorParallel(nn.Module):
     def _fill(self, model: nn.Module, program: Program, read: Read) -> None:
         """This rank's parameters and the model's buffers, under every name the model has for them."""
         for path in program.captured.module_classes:
-            module_at(self, path, self._layers)
+            module_at(self, path, self._layers, model)
         local: dict[str, nn.Parameter] = {}
         for name, canonical in self._names.items():
             if canonical not in local:

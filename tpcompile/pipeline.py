@@ -105,13 +105,13 @@ class Stage(TensorParallel):
                 )
             if name in self._names:
                 path, _, last = name.rpartition(".")
-                module_at(self, path, self._layers)._parameters[last] = parameter
+                module_at(self, path, self._layers, whole)._parameters[last] = parameter
         persistent = set(whole.state_dict(keep_vars=True))
         aliases = whole.program.captured.aliases
         for name, buffer in whole.named_buffers(remove_duplicate=False):
             if name in read or aliases.get(name, name) in read or (stage == 0 and name in persistent):
                 path, _, last = name.rpartition(".")
-                module_at(self, path, self._layers).register_buffer(last, buffer, name in persistent)
+                module_at(self, path, self._layers, whole).register_buffer(last, buffer, name in persistent)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the class."""
