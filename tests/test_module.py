@@ -15,6 +15,8 @@ import torch.distributed as dist
 import zoo
 from distributed import run
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -550,3 +552,62 @@ def test_a_graph_that_needs_other_cuts_is_refused(group: None, monkeypatch: pyte
     assert caught.value.what == "this call needs up.0.weight cut in another way than it is held"
     assert caught.value.why is not None
     assert "held as [96/tp, 64], needed as [96, 64]" in caught.value.why
+
+
+class Looked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(10, 4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        return self.down(self.up(x + self.table(ids)).tanh())
+
+
+def _transformed() -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """What transforms make of the compiled module, and of the model; what is refused."""
+    torch.manual_seed(0)
+    model, ids, x = Looked().double(), torch.randint(10, (2,)), torch.randn(2, 4).double()
+    tp = tpcompile.compile(model, Spec.parse("table vocab\nup column\ndown row"), example_inputs=(ids, x))
+    several = torch.stack([x, 2 * x]), ids.expand(2, 2).clone()
+
+    def dual(module: nn.Module) -> Tensor:
+        with forward_ad.dual_level(), torch.no_grad():
+            return cast("Any", forward_ad.unpack_dual(module(ids, forward_ad.make_dual(x, x.cos())))).tangent
+
+    def of_bias(module: nn.Module) -> Any:
+        given = {"down.bias": module.get_parameter("down.bias").detach()}
+        return torch.func.grad(lambda p: functional_call(module, p, (ids, x)).square().sum())(given)
+
+    functions: dict[str, Callable[[nn.Module], Any]] = {
+        "grad": of_bias,
+        "vmap of grad": lambda m: torch.func.vmap(torch.func.grad(lambda y, i: m(i, y).square().sum()))(*several),
+        "jacrev": lambda m: torch.func.jacrev(lambda y: m(ids, y))(x),
+        "jvp": lambda m: torch.func.jvp(lambda y: m(ids, y), (x,), (x.cos(),)),
+        "hessian": lambda m: torch.func.hessian(lambda y: m(ids, y).square().sum())(x),
+        "forward mode": dual,
+    }
+    found = {
+        name: pytree.tree_map(Tensor.detach, (function(tp), function(model))) for name, function in functions.items()
+    }
+    refused: list[str] = []
+    try:
+        torch.func.grad(lambda y: tp(ids.expand(3, 2), y).sum())(x)
+    except CaptureError as error:
+        refused.append(error.what)
+    leaf = x.clone().requires_grad_()
+    try:
+        torch.autograd.grad(tp(ids, leaf), leaf, torch.eye(8).double().view(8, 2, 4), is_grads_batched=True)
+    except TpcompileError as error:
+        refused.append(error.what)
+    return found, refused
+
+
+@pytest.mark.distributed
+def test_transforms_of_torch_func_and_forward_mode_are_those_of_the_model() -> None:
+    for found, refused in run(_transformed, 2):
+        for name, (of_ranks, of_model) in found.items():
+            torch.testing.assert_close(of_ranks, of_model, msg=lambda text, name=name: f"{name}: {text}")
+        assert refused == [
+            "there is no graph yet for this call inside of a transform of torch.func",
+            "is_grads_batched cannot be used where ranks communicate",
+        ]

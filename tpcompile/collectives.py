@@ -289,7 +289,19 @@ def is_eager(*tensors: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
-        and not _functorch_is_active()
+        and not is_transformed()
+    )
+
+
+def _is_whole() -> bool:
+    """Whether every transition must be whole: one op, or one Function, that who looks on knows how to differentiate."""
+    return torch.compiler.is_exporting() or _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func, or differentiation in forward mode, looks on (what is compiled is traced with them)."""
+    return not torch.compiler.is_compiling() and (
+        is_transformed() or forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
     )
 
 
@@ -299,7 +311,8 @@ def _renamed(*names: str) -> Callable[..., Any]:
 
 
 _functional = torch.ops._c10d_functional
-_functorch_is_active: Callable[[], bool] = getattr(getattr(torch, "_C"), "_are_functorch_transforms_active")  # noqa: B009
+is_transformed: Callable[[], bool] = getattr(getattr(torch, "_C"), "_are_functorch_transforms_active")  # noqa: B009
+"""Whether this runs inside of a transform of torch.func."""
 _all_gather_single = _renamed("all_gather_single", "all_gather_into_tensor")  # since 2.13, until then
 _reduce_scatter_single = _renamed("reduce_scatter_single", "reduce_scatter_tensor")
 
@@ -471,9 +484,39 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         forward, backward, dim, where, group, _, own = ctx.call
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_whole():
             return apply(grads[0], backward, forward.removeprefix("pending_"), dim, where, group), None
         return PRIMITIVES[backward](grads[0], dim, where, group, own), None
+
+
+class _Transformed(torch.autograd.Function):
+    """A primitive as torch.func and forward mode ask for it. Eager has no use for it: such a Function is slower."""
+
+    @staticmethod
+    def forward(x: Tensor, call: tuple[str, str, int, Where, str]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        forward, _, dim, where, group = call
+        y = PRIMITIVES[forward](x, dim, where, group, False)
+        return y.clone() if y is x else y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.call = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        forward, backward, *place = ctx.call
+        return apply(grads[0], backward, forward, *place), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return apply(tangents[0], *ctx.call)
+
+    @staticmethod
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, call: tuple[str, str, int, Where, str]
+    ) -> tuple[Tensor, int]:
+        forward, backward, dim, where, group = call
+        return apply(x.movedim(in_dims[0], 0), forward, backward, dim + 1, where, group), 0
 
 
 def apply(
@@ -489,6 +532,8 @@ def apply(
     """One primitive on x whose gradient is made by another one; ``own`` and ``own_grad`` may be overwritten."""
     if torch.compiler.is_exporting():
         return _exported(x, forward, backward, dim, _encode(where), group)
+    if _is_transformed():
+        return cast("Tensor", _Transformed.apply(x, (forward, backward, dim, where, group)))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return PRIMITIVES[forward](x, dim, where, group, own)
     # autograd copies more for a view than one clone, and refuses a leaf
@@ -505,7 +550,7 @@ def begun(row: Transition, grad: Tensor, dim: int, where: Where, group: str) -> 
     size = members.size()
     parts: Parts = parts_of(where, size) if row.backward == "reduce_scatter" else ()
     uneven = len({run_length(runs) for runs in parts}) > 1  # it must be unpadded
-    if torch.is_grad_enabled() or size == 1 or not grad.numel() or uneven:
+    if torch.is_grad_enabled() or size == 1 or not grad.numel() or uneven or _is_whole():
         done = apply(grad, row.backward, row.forward, dim, where, group)
         return lambda: done
     if row.backward == "all_reduce":
@@ -529,7 +574,7 @@ class _LinearMany(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         forward, backward = ctx.primitives
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or _is_whole()):
             return None, None, None, *_many(forward, grads, ctx.group)
         forward = MESSAGES.get(forward, forward)  # one by one
         return None, None, None, *(None if g is None else apply(g, forward, backward, 0, (), ctx.group) for g in grads)
@@ -646,7 +691,7 @@ def copy(x: Tensor, group: str, inplace_backward: bool = False) -> Tensor:
     ``inplace_backward`` lets the backward overwrite the gradient it is given: only where no other tensor can hold
     that buffer, as when all users of the result are products.
     """
-    if not (x.requires_grad or torch.compiler.is_exporting()):
+    if not (x.requires_grad or _is_whole()):
         return x
     row = TRANSITIONS["copy"]
     return apply(x, row.forward, row.backward, 0, (), group, False, inplace_backward)
@@ -683,12 +728,12 @@ def _overwritten(x: Tensor, group: str) -> Tensor:
 
 def wait(x: Tensor) -> Tensor:
     """x itself, once the ``pending`` collective that makes it is done; the gradient passes as it is."""
-    return x if torch.compiler.is_exporting() else apply(x, "wait", "identity", 0, (), "")
+    return x if _is_whole() else apply(x, "wait", "identity", 0, (), "")
 
 
 def _begun(primitive: str, pending: bool) -> str:
     """The primitive that only starts, where one is asked for; what is exported has no use for it."""
-    return f"pending_{primitive}" if pending and not torch.compiler.is_exporting() else primitive
+    return f"pending_{primitive}" if pending and not _is_whole() else primitive
 
 
 def gather(x: Tensor, dim: int, parts: Where | None, group: str) -> Tensor:
@@ -753,7 +798,7 @@ def copy_all(xs: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
     """``copy`` of many tensors, with one bucketed all-reduce for all their gradients, once the last one is there."""
     if not xs or _seat(group)[1] == 1:
         return tuple(xs)
-    if torch.compiler.is_exporting():
+    if _is_whole():
         return tuple(copy(x, group) for x in xs)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
         return tuple(xs)

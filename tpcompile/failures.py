@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
@@ -19,6 +20,7 @@ from tpcompile.errors import TpcompileError
 
 ANSWER = 5.0  # seconds within which a rank that waits in a collective, too, says so
 _default_store: Callable[[], Any] = getattr(c10d, "_get_default_store")  # noqa: B009
+_is_batched: Callable[[Any], bool] = getattr(getattr(torch, "_C"), "_functorch").is_legacy_batchedtensor  # noqa: B009
 
 
 class PeerError(TpcompileError):
@@ -34,7 +36,7 @@ def issue(collective: Callable[..., Any], *args: Any, group: dist.ProcessGroup, 
     try:
         collective(*args, group=group, **options)
     except RuntimeError as error:
-        raise explained(error, _called(collective, args), group) from error
+        raise _refused(error, args) or explained(error, _called(collective, args), group) from error
 
 
 T = TypeVar("T")
@@ -48,18 +50,29 @@ def begin(result: T, collective: Callable[..., Any], *args: Any, group: dist.Pro
             if work is not None:
                 work.wait()
         except RuntimeError as error:
-            raise explained(error, _called(collective, args), group) from error
+            raise _refused(error, args) or explained(error, _called(collective, args), group) from error
         return result
 
     try:
         work = collective(*args, group=group, async_op=True)
     except RuntimeError as error:
-        raise explained(error, _called(collective, args), group) from error
+        raise _refused(error, args) or explained(error, _called(collective, args), group) from error
     return waited
 
 
 def _called(collective: Callable[..., Any], args: Sequence[Any]) -> str:
     return f"{collective.__name__} of {list(args[-1].shape)} {args[-1].dtype}"
+
+
+def _refused(error: RuntimeError, args: Sequence[Any]) -> TpcompileError | None:
+    """The error for a collective of many gradients at once, which is no other rank's fault."""
+    if not any(map(_is_batched, args)):
+        return None
+    return TpcompileError(
+        "is_grads_batched cannot be used where ranks communicate",
+        why=(str(error).splitlines() or ["no reason given"])[0],
+        help="use torch.func.jacrev, or torch.func.vmap of what torch.func.vjp returns",
+    )
 
 
 def explained(error: RuntimeError, called: str, group: dist.ProcessGroup) -> PeerError:

@@ -78,8 +78,8 @@ def keep_rows(x: torch.Tensor, dim: int, offs: torch.Tensor, held: Runs) -> torc
 
 
 def check_indices(index: torch.Tensor, total: int, has: str = "the dim has {} positions") -> None:
-    """Raise IndexError if an index lies outside ``[0, total)``, where that costs nothing: on the CPU, not traced."""
-    if index.device.type == "cpu" and type(index) is torch.Tensor and not torch.compiler.is_compiling():
+    """Raise IndexError if an index lies outside ``[0, total)``, where that costs nothing: on the CPU, in eager."""
+    if index.device.type == "cpu" and collectives.is_eager(index):
         if index.numel() == 0:
             return
         low, high = (int(x) for x in index.aminmax())

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpcompile import shards
 from tpcompile.caches import Cut, cut_of, mark_cut, restores, taken_apart
 from tpcompile.capture import outside_autocast, set_apart
-from tpcompile.collectives import group_device, resolve_group, transition_of
+from tpcompile.collectives import group_device, is_transformed, resolve_group, transition_of
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, held_parts, rewrite
 from tpcompile.effects import is_random
 from tpcompile.equivalence import check_capture
@@ -435,6 +435,8 @@ class TensorParallel(nn.Module):
         """The model's own signature and outputs; whole (gathered) outputs on every rank."""
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return self._traced(args, kwargs)
+        if is_transformed():
+            return self._transformed(args, kwargs)
         return self._eager(args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -473,14 +475,35 @@ class TensorParallel(nn.Module):
 
     def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """``forward`` as torch.compile traces it: the graph alone, where there is one for this call."""
+        if (known := self._known(args, kwargs)) is None:
+            return self._untraced(args, kwargs)
+        variant, flat = known
+        if variant.random:
+            self._check_generators()
+        return variant.program.captured.unflatten(variant.run(self, *flat))
+
+    def _transformed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """``forward`` inside of torch.func: the graph alone, since ranks cannot compare values there."""
+        if (known := self._known(args, kwargs)) is None:
+            raise CaptureError(
+                "there is no graph yet for this call inside of a transform of torch.func",
+                why="a model cannot be captured while grad, vmap or another transform looks on",
+                help="first call the module once outside of it, with arguments of the shapes that they have inside, in "
+                "the same mode (train or eval) and autocast",
+            )
+        variant, flat = known
+        return variant.program.captured.unflatten(variant.run(self, *flat))
+
+    def _known(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[_Variant, Sequence[torch.Tensor]] | None:
+        """The graph that there is for a call, told without looking at values, and its inputs."""
         for variant in self._variants:
             if variant.part is not None or variant.program.held or not self._fits(variant):
                 continue
             if (flat := variant.accepts(args, kwargs)) is not None:
-                if variant.random:
-                    self._check_generators()
-                return variant.program.captured.unflatten(variant.run(self, *flat))
-        return self._untraced(args, kwargs)
+                return variant, flat
+        return None
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Refused: what is kept for backward is part of the graph."""
