@@ -405,6 +405,9 @@ INDEXING = (
     call("index_put.default", real(3, 4), [ints(2, below=3)], real(2, 4), True),
     call("index_put.default", real(3, 4), [ints(2, below=3)], real(4), True),
     call("index_put.default", real(3, 4), [None, ints(2, below=4)], real(3, 1), True),
+    call("index_put.default", real(3, 4), [bools(3, 4)], real()),
+    call("index_put.default", real(3, 4), [bools(3)], real(4)),
+    call("index_put.default", real(3, 4, 2), [None, bools(4)], real(3, 1, 2)),
     call("one_hot.default", ints(4, 3, below=5), 5),
 )
 

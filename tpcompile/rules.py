@@ -807,6 +807,8 @@ def _index_write(call: Call) -> Sentence:
 
 def _index_put(call: Call) -> Sentence:
     """``x[..., i, ...] = values``: indexed dims and the index itself must be whole, the others pass."""
+    if any(x.meta["val"].dtype in (torch.bool, torch.uint8) for x in call.operands[1:-1]):
+        return _mask_put(call)
     picked = _index(replace(call, operands=call.operands[:-1], shapes=call.shapes[:-1], results=(_picked(call),)))
     fresh = {x for labels in picked.operands[1:] for x in labels if x is not None}
     wide = picked.results[0]
@@ -814,6 +816,22 @@ def _index_put(call: Call) -> Sentence:
     values = tuple(None if n == 1 and picked.sizes[str(x)] != 1 else x for x, n in written)
     whole = dict(picked.whole) | dict.fromkeys(fresh, "the index writes all of it")
     return Sentence((*picked.operands, values), (picked.operands[0],), picked.sizes, whole=whole)
+
+
+def _mask_put(call: Call) -> Sentence:
+    """``x[..., mask, ...] = values``, alike for all that the mask picks: every position is written by itself."""
+    indices = list(call.argument("indices"))
+    at = next(i for i, x in enumerate(indices) if x is not None)
+    labels = tuple(f"d{i}" for i in range(len(call.shapes[0])))
+    end = at + len(call.shapes[1])
+    written = (*labels[:at], "picked", *labels[end:])
+    wide = dict(zip(labels, call.shapes[0], strict=True)) | {"picked": 0}
+    last = tuple(zip(written[len(written) - len(call.shapes[-1]) :], call.shapes[-1], strict=True))
+    values = tuple(None if n == 1 and wide[x] != 1 else x for x, n in last)
+    if len(call.operands) != 3 or "picked" in values:
+        raise ValueError("a mask as an index picks as many positions as it holds")
+    del wide["picked"]
+    return Sentence((labels, labels[at:end], values), (labels,), wide)
 
 
 def _picked(call: Call) -> Shape:
