@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sympy
 import torch
@@ -956,6 +958,72 @@ def test_what_forward_leaves_on_the_module_is_warned_of() -> None:
         capture(model, (torch.randn(3, 4),))
     assert "last" not in vars(model)
     assert model.inner.calls == 0
+
+
+class Remembering(nn.Module):
+    """Calls ``forward`` with itself, a linear layer and what it keeps in ``kept``."""
+
+    def __init__(self, forward: Callable[[Any, torch.Tensor], Any], kept: Any):
+        super().__init__()
+        self.linear, self.kept, self.function = nn.Linear(4, 4), kept, forward
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, self.linear(x))
+
+
+def counted(model: Any, x: torch.Tensor) -> torch.Tensor:
+    model.kept += 1
+    return x * model.kept
+
+
+def listed(model: Any, x: torch.Tensor) -> torch.Tensor:
+    model.kept.append(len(model.kept))
+    return x + model.kept[-1]
+
+
+def summed(model: Any, x: torch.Tensor) -> torch.Tensor:
+    model.kept[0] = model.kept[0] + 1
+    return x * model.kept[0]
+
+
+def told(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    model.kept += 1
+    return x, model.kept
+
+
+def privately(model: Any, x: torch.Tensor) -> torch.Tensor:
+    model._kept = x.detach().mean() + getattr(model, "_kept", 0)
+    return x * model._kept
+
+
+@pytest.mark.parametrize(
+    ("forward", "kept"), [(counted, 0), (listed, []), (summed, [torch.ones(())]), (told, 0), (privately, None)]
+)
+def test_what_depends_on_earlier_calls_is_refused(forward: Callable[[Any, torch.Tensor], Any], kept: Any) -> None:
+    with pytest.raises(CaptureError, match=r"depends on what an earlier call left in `_?kept`") as refused:
+        capture(Remembering(forward, kept), (torch.randn(3, 4),))
+    assert refused.value.where is not None
+    assert refused.value.help is not None
+
+
+def test_a_table_that_is_made_once_is_no_memory() -> None:
+    def cached(model: Any, x: torch.Tensor) -> torch.Tensor:
+        if model.kept is None or len(model.kept) < x.shape[0]:
+            model.kept = torch.arange(x.shape[0]).cos()
+        return x * model.kept[: x.shape[0], None]
+
+    model = Remembering(cached, None)
+    with pytest.warns(UserWarning, match="forward sets kept"):
+        captured = capture(model, (torch.randn(3, 4),))
+    assert model.kept is None
+    assert difference(model, captured, ((torch.randn(3, 4),), {})) == 0.0
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.manual_seed(3).initial_seed()])
+def test_random_numbers_that_a_trace_does_not_see_are_refused(draw: Callable[[], float]) -> None:
+    with pytest.raises(CaptureError, match="draws random numbers that the trace does not see") as refused:
+        capture(Remembering(lambda _, x: x if draw() < 0.5 else 2 * torch.rand_like(x), None), (torch.randn(3, 4),))
+    assert refused.value.where is not None
 
 
 def test_gradient_checkpointing_is_left_out_and_said_so() -> None:

@@ -390,11 +390,6 @@ def test_negative_control_a_blind_fingerprint_hits_and_compile_notices(
 # ---------------------------------------------------------------- what is not cached
 
 
-class Draws(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * int(random.random() < 2)
-
-
 def _hooked() -> nn.Module:
     model = nn.Linear(4, 4)
     model.register_forward_hook(lambda *_: None)
@@ -410,7 +405,6 @@ def _holding(**values: Any) -> nn.Module:
 
 UNREADABLE: dict[str, Callable[[], nn.Module]] = {
     "hook": _hooked,
-    "random number": lambda: Draws(4, 4),
     "generator": lambda: _holding(generator=torch.Generator()),
     "Python's generator": lambda: _holding(generator=random.Random(0)),
     "hidden module": lambda: _holding(hidden=[nn.Linear(4, 4)]),

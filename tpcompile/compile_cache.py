@@ -15,7 +15,6 @@ import gzip
 import json
 import logging
 import os
-import random
 import sys
 import tempfile
 import time
@@ -26,7 +25,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tpcompile import captured_json
@@ -154,14 +152,12 @@ def _captured(
     path: Path, reached: set[str], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Captured, list[str]]:
     """A fresh capture, stored if nothing speaks against it, and what it warned of."""
-    before, loaded = _generators(), set(sys.modules)
+    loaded = set(sys.modules)
     with warnings.catch_warnings(record=True) as recorded, _variables_read() as variables:
         warnings.simplefilter("always")
         captured = capture(model, args, kwargs)
     said = [str(warning.message) for warning in recorded]
     try:
-        if _generators() != before:
-            raise NotCacheableError("the forward draws random numbers while it is traced")
         files = {*reached, *captured_json.files_of(captured), *_source_files(set(sys.modules) - loaded)}
         document = {
             "files": _digests(files),
@@ -200,13 +196,6 @@ def _digests(files: Iterable[str]) -> dict[str, str]:
         if (digest := _file_digest(path)) is not None:
             digests[path] = digest
     return digests
-
-
-def _generators() -> tuple[Any, ...]:
-    """States of the generators that a forward may draw from, to choose its layers by for example."""
-    numpy: Any = sys.modules.get("numpy")
-    drawn = None if numpy is None else str(numpy.random.get_state())
-    return random.getstate(), drawn, torch.get_rng_state().numpy().tobytes()
 
 
 def _unchanged(variables: Mapping[str, str | None]) -> dict[str, str | None]:

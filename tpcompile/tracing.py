@@ -16,6 +16,7 @@ import linecache
 import logging
 import math
 import os
+import random
 import re
 import site
 import sys
@@ -26,6 +27,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
 import torch.utils._pytree as pytree
@@ -190,14 +192,19 @@ def _traced(
         _switch_off_checkpointing(model)
         _as_buffers(model)
         _fake(model, mode, lambda tensor: tensor.is_meta or isinstance(tensor, FakeTensor), _home(examples))
-        before = _public_state(model)
-        flat = _Flat(model, rebuild, trace)
+        flat, drawn = _Flat(model, rebuild, trace), _drawn()
         with attention_masks.as_in_eager(trace.masks):
             dims = (shapes,) if shapes else None
             trace.program = torch.export.export(flat, tensors, dynamic_shapes=dims, strict=False)
-        after = _public_state(model)
+    if drawn != _drawn():
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured: its forward draws random numbers that the trace does not see",
+            where=_forward_of(model),
+            why="what Python's random or numpy gives, and what a seed set inside makes of torch's, would be constants",
+            help="draw with torch (torch.rand), set no seed there, and decide by torch.where or by an argument",
+        )
     _refuse_functions(trace.functions)
-    trace.state |= {name for name, held in after.items() if not _identical(held, before.get(name))}
+    _refuse_memory(model, trace, rebuild)
     known = trace.dims().keys()
     sizes = (Guard(guard.expr, _location(guard.sloc)) for guard in env.guards if guard.expr.free_symbols <= known)
     trace.guards = tuple(
@@ -218,7 +225,11 @@ class _Flat(nn.Module):
     def forward(self, *flat: torch.Tensor) -> tuple[Any, ...]:
         args, kwargs, live = caches.opened(*self._rebuild(flat))
         buffers = [(path, module, dict(module._buffers)) for path, module in self.wrapped.named_modules()]
+        state = _state(self.wrapped)
         leaves, self._trace.out_spec = pytree.tree_flatten(caches.closed(self.wrapped(*args, **kwargs), live))
+        for name, held in _state(self.wrapped).items():
+            if not _identical(held, state.get(name)):
+                self._trace.state.add(name)
         for path, module, before in buffers:
             self._write_back(path, module, before)
         for leaf in leaves:
@@ -452,14 +463,74 @@ def _identical(a: dict[Any, Any] | list[Any], b: dict[Any, Any] | list[Any] | No
     return keys[0] == keys[1] and all(x is y for x, y in zip(*values, strict=True))
 
 
-def _public_state(model: nn.Module) -> dict[str, list[Any]]:
-    """Attributes of the modules that forward may set: tensors, numbers, and the contents of lists and dicts."""
-    state: dict[str, list[Any]] = {}
-    for path, module in model.named_modules():
-        for name, value in module.__dict__.items():
-            if not name.startswith("_") and isinstance(value, torch.Tensor | int | float | torch.SymInt | list | dict):
-                state[f"{path}.{name}" if path else name] = pytree.tree_leaves(value)  # export remakes containers
-    return state
+def _state(model: nn.Module) -> dict[str, list[Any]]:
+    """What the modules hold beside parameters and buffers, which forward may set; containers in leaves."""
+    return {
+        f"{path}.{name}" if path else name: pytree.tree_leaves(value)
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if name == "training" or name not in _MODULE
+    }
+
+
+_MODULE = frozenset(nn.Module().__dict__)
+
+
+def _refuse_memory(model: nn.Module, trace: Trace, rebuild: Rebuild) -> None:
+    """Refuse a forward that answers otherwise once it has been called: a graph has the first call's answer.
+
+    It is asked only if forward sets attributes. Most do no harm (a loss that is kept to be read, a table that the first
+    call makes for later ones), so the answers decide, where there are weights to compute them with.
+    """
+    if not trace.state or _answers_alike(model, trace.examples, rebuild):
+        return
+    raise CaptureError(
+        f"{type(model).__name__} cannot be captured: its forward depends on what an earlier call left in "
+        + ", ".join(f"`{name}`" for name in sorted(trace.state)),
+        where=_forward_of(model),
+        why="a graph is one call: numbers, lists and tensors that modules keep from call to call are constants of it",
+        help="keep it in a buffer (self.register_buffer) that forward writes in place, or make it an argument",
+    )
+
+
+def _answers_alike(model: nn.Module, examples: list[torch.Tensor], rebuild: Rebuild) -> bool:
+    """Whether two calls in a row give the same numbers; also if that cannot be told."""
+    tensors = [*examples, *model.parameters(), *model.buffers()]
+    if any(x.is_meta or isinstance(x, FakeTensor) for x in tensors):
+        return True
+    answers: list[list[Any]] = []
+    with _preserved(model), quiet(), torch.no_grad(), torch.random.fork_rng({x.device for x in tensors if x.is_cuda}):
+        buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+        for module in model.modules():  # a call may write to it
+            module.__dict__.update({k: v.clone() for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)})
+        for _ in range(2):
+            for table, before in buffers:  # writes to buffers are in the graph
+                table.update({name: held if held is None else held.clone() for name, held in before.items()})
+            torch.manual_seed(0)
+            args, kwargs = rebuild([_example(example).clone() for example in examples])
+            try:
+                answers.append(pytree.tree_leaves(caches.call(model, args, kwargs)))
+            except Exception:  # noqa: BLE001  (whatever the model raises: the trace went well)
+                return True
+    first, second = answers
+    return len(first) == len(second) and all(_same_answer(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _same_answer(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, equal_nan=True)
+    return not isinstance(a, PLAIN) or a == b
+
+
+def _forward_of(model: nn.Module) -> Where | None:
+    """Where the model's forward is written."""
+    code = getattr(type(model).forward, "__code__", None)
+    return _line(code.co_filename, code.co_firstlineno) if code is not None else None
+
+
+def _drawn() -> list[Any]:
+    """Where the random generators stand that a forward may draw from, to choose its layers for example."""
+    return [random.getstate(), *map(str, np.random.get_state()), torch.get_rng_state().numpy().tobytes()]
 
 
 def warn_of_lost_state(model: nn.Module, trace: Trace) -> None:
@@ -470,7 +541,7 @@ def warn_of_lost_state(model: nn.Module, trace: Trace) -> None:
             f'{name}: gradient checkpointing is not part of the captured graph; pass recompute="layers" for the same',
             stacklevel=3,
         )
-    if lost := sorted(trace.state):
+    if lost := sorted(name for name in trace.state if not name.rpartition(".")[2].startswith("_")):
         it = "it" if len(lost) == 1 else "them"
         warnings.warn(
             f"{name}: forward sets {', '.join(lost)}; the captured graph has the same outputs but does not set {it}",
