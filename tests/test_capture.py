@@ -1026,6 +1026,27 @@ def test_random_numbers_that_a_trace_does_not_see_are_refused(draw: Callable[[],
     assert refused.value.where is not None
 
 
+@pytest.mark.parametrize("path", ["code", "graph", "meta", "_code"])
+def test_names_that_a_graph_needs_for_itself_are_refused(path: str) -> None:
+    model = nn.Sequential()
+    setattr(model, path, nn.Linear(4, 4))
+    with pytest.raises(CaptureError, match=f"it has an attribute `{path}`") as refused:
+        capture(model, (torch.randn(3, 4),))
+    assert refused.value.where is not None
+
+
+def test_a_result_that_is_written_out_is_a_write() -> None:
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4).double()).train()  # F.normalize(..., out=self._u)
+    twin, x = copy.deepcopy(model), torch.randn(3, 4, dtype=torch.float64)
+    captured = capture(model, (x,))
+    for _ in range(2):
+        got, wanted = captured.graph_module(*captured.flatten((x,)))[0], twin(x)
+        mine, theirs = gradients(model, [got]), gradients(twin, [wanted])
+        assert torch.equal(got, wanted)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    assert all(map(torch.equal, model.buffers(), twin.buffers()))
+
+
 def test_gradient_checkpointing_is_left_out_and_said_so() -> None:
     model = gpt2(n_layer=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).double().train()
     model.activation_checkpointing_enable()

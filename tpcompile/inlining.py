@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcompile.effects import drop_dead
-from tpcompile.errors import CaptureError
+from tpcompile.errors import CaptureError, Where
 from tpcompile.sentence import argument
 from tpcompile.tracing import TRACED, Trace, quiet, source
 
@@ -54,6 +54,9 @@ _MAY_RETURN_OPERAND = frozenset(
         torch.ops.aten.alpha_dropout.default,
     )
 )
+
+
+_GRAPH_MODULE = frozenset({*dir(fx.GraphModule(nn.Module(), fx.Graph())), "_code", "_tracer_cls"})
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,22 @@ class Inliner:
         self._refuse_data_dependence()
         used = {str(node.target): self._tensors[str(node.target)] for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {name: tensor for name, tensor in self.constants.items() if name in used}
+        self._refuse_names(used)
         graph_module = fx.GraphModule(used, self.graph, class_name=type(self.model).__name__)
         graph_module.training = self.model.training
         self.graph.lint()
         return graph_module
+
+    def _refuse_names(self, names: Collection[str]) -> None:
+        """Refuse what the graph's module would have under a name that is its own."""
+        for name in names:
+            if (taken := name.partition(".")[0]) in _GRAPH_MODULE:
+                raise CaptureError(
+                    f"{type(self.model).__name__} cannot be captured: it has an attribute `{taken}`",
+                    where=Where(module=name),
+                    why="a graph keeps tensors under the model's names, and torch has its own use for this one",
+                    help=f"give it another name, such as `{taken}_`",
+                )
 
     def _attribute(self, target: str, placeholder: fx.Node) -> fx.Node:
         """The get_attr node of a parameter, buffer or constant, under its canonical name."""
@@ -220,9 +235,22 @@ class Inliner:
             return self._with_gradients(env[value]) if regime.grad else env[value]
 
         args, kwargs = map_arg((node.args, node.kwargs), operand)
+        if isinstance(node.kwargs.get("out"), fx.Node) and isinstance(node.target, torch._ops.OpOverload):
+            return self._written(node, args, kwargs, regime)
         if regime.autocast and isinstance(node.target, torch._ops.OpOverload):
             args, kwargs = self._cast(node, args, kwargs, regime)
         return self._emit(node.target, args, kwargs, node, regime)
+
+    def _written(self, node: fx.Node, args: Any, kwargs: Any, regime: _Regime) -> fx.Node:
+        """``torch.div(a, b, out=c)`` as what it computes, and a copy of it into ``c``."""
+        target = cast("torch._ops.OpOverload", node.target)
+        wanted = [(x.name, str(x.type)) for x in target._schema.arguments if not x.is_out]
+        packet = target.overloadpacket
+        overloads: list[torch._ops.OpOverload] = [getattr(packet, name) for name in packet.overloads()]
+        same = next(x for x in overloads if [(a.name, str(a.type)) for a in x._schema.arguments] == wanted)
+        others = {name: value for name, value in kwargs.items() if name != "out"}
+        made = self._emit(same, args, others, node, regime, node.meta["val"])
+        return self._emit(torch.ops.aten.copy_.default, (kwargs["out"], made), {}, node, regime)
 
     def _emit(self, target: Any, args: Any, kwargs: Any, origin: fx.Node, regime: _Regime, val: Any = None) -> fx.Node:
         """A call in the flat graph, with the metadata of the traced node ``origin`` it comes from."""
@@ -255,7 +283,8 @@ class Inliner:
         """In-place under no_grad on a value with gradients: autograd must not see it, and in a graph it would."""
         if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.args):
             return
-        base = env.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        written = node.kwargs.get("out", node.args[0])
+        base = env.get(written) if isinstance(written, fx.Node) else None
         while isinstance(base, fx.Node) and _is_view(base) and isinstance(base.args[0], fx.Node):
             base = base.args[0]
         if not isinstance(base, fx.Node) or not _is_float(base.meta["val"]):
