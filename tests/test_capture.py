@@ -1348,3 +1348,22 @@ def test_input_tensors_are_left_as_they_were() -> None:
 
 def test_where_texts_are_lines_of_this_file() -> None:
     assert all(re.search(r"\S  # HERE$", SOURCE[line_of(code) - 1]) for code in ("if tokens.shape[1] == 1:",))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_a_derivative_inside_of_forward_is_refused(transform: str) -> None:
+    """Its parts are recorded without their transform: a graph of them has other values."""
+
+    class Differentiates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 8)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.up(x)
+            if transform == "grad":
+                return torch.func.grad(lambda h: h.tanh().square().sum())(y)
+            return torch.func.jvp(torch.tanh, (y,), (torch.ones(2, 8),))[1]
+
+    with pytest.raises(CaptureError, match=r"its forward differentiates with torch.func\n *--> .*test_capture.py"):
+        capture(Differentiates(), (torch.randn(2, 4),))

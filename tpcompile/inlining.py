@@ -329,6 +329,13 @@ class Inliner:
                     why=f"{node.target} was recorded on a value of one sample, which has no meaning outside",
                     help="write the mask or the function for a whole batch, or choose another attention implementation",
                 )
+            if getattr(node.target, "__module__", None) == "torch._functorch.predispatch":
+                raise CaptureError(
+                    f"{type(self.model).__name__} cannot be captured: its forward differentiates with torch.func",
+                    where=node.meta["source"],
+                    why=f"{node.target.__name__} was recorded, which has no meaning outside of its transform",
+                    help="write the derivative as plain tensor ops, or transform the compiled module from outside",
+                )
             if any(free_unbacked_symbols(value) for value in values):
                 raise CaptureError(
                     f"{type(self.model).__name__} cannot be captured: a size or a number in its forward is the value "
