@@ -69,7 +69,10 @@ def train(
 
 
 def of_torch(module: nn.Module, max_norm: float) -> Tensor:
-    return torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    gradients = [x.grad for x in module.parameters() if x.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, total)
+    return total
 
 
 def apart(expected: Sequence[float], got: Sequence[float]) -> float:
