@@ -343,16 +343,20 @@ def test_a_hint_is_no_common_size_where_every_prime_is_a_size() -> None:
 
 def test_a_length_that_no_other_one_can_stand_for_is_a_fixed_size() -> None:
     class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.arange(16.0))
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             count = x.shape[1] // 4
             parts = x[:, : 4 * count].reshape(x.shape[0], count, 4, x.shape[2])
-            return torch.stack([parts[:, i] for i in range(count)], 1)
+            return torch.stack([parts[:, i] for i in range(count)], 1) * self.scale
 
-    captured = capture(Pairs(), (torch.randn(2, 8, 6),))
+    captured = capture(Pairs(), (torch.randn(2, 8, 16),))
     (x,) = captured.inputs
-    assert x.dynamic == (True, False, True)
+    assert x.dynamic == (True, False, False), "the length may only be 8, a divisor of 16"
     assert all(map(sympy.isprime, captured.hints.values()))
-    given = torch.randn(5, 8, 7)
+    given = torch.randn(5, 8, 16)
     assert torch.equal(captured.graph_module(*captured.flatten((given,)))[0], Pairs()(given))
 
 

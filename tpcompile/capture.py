@@ -393,7 +393,7 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     fixed: set[tuple[int, int]] = set()
     while True:
         found, inliner, graph_module = traced(fixed)
-        hints = _hints(graph_module, found)
+        hints = _hints(graph_module, found, tensors)
         narrow = _unsuited(found, hints)
         if shells and not narrow:  # such as a sliding window that is about to be full
             narrow = _narrow(graph_module, found, hints)
@@ -461,11 +461,12 @@ HINT_FACTORS = (1, 2, 4, 12)
 """What a prime is multiplied with where a condition (halves of one size, say) asks for more than a prime."""
 
 
-def _hints(graph_module: fx.GraphModule, found: Trace) -> dict[sympy.Symbol, int]:
+def _hints(graph_module: fx.GraphModule, found: Trace, examples: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
     """A prime of its own for each symbol, times what the guards want it to be divisible by.
 
     As large as the guards and the limits of the sizes allow (a table of 512 positions limits the length), and a divisor
-    of as few fixed sizes of the graph as can be had: symbols that no large prime suits get smaller ones.
+    of as few fixed sizes of the graph as can be had: symbols that no large prime suits get smaller ones, and those that
+    none suits their size in the ``examples``, if that divides no fixed size.
     """
     guards, ranges = found.guards, found.ranges()
     symbols, fixed = _sizes_in(graph_module)
@@ -492,6 +493,11 @@ def _hints(graph_module: fx.GraphModule, found: Trace) -> dict[sympy.Symbol, int
                 prime = min(primes, key=lambda p: sum(n % p == 0 for n in fixed if n))
             hints[symbol] = prime * math.lcm(moduli[symbol], factor)
         hints |= {s: int(cast("Any", e).xreplace(hints)) for s, e in follow.items() if e.free_symbols <= hints.keys()}
+    places = found.dims()
+    for symbol in _refused(hints, guards, ranges) & places.keys():
+        given, dim = places[symbol]
+        if not any(n % examples[given].shape[dim] == 0 for n in fixed if n):
+            hints[symbol] = examples[given].shape[dim]
     return hints
 
 
