@@ -36,6 +36,22 @@ class Use:
     table: bool  # an embedding: `row` is looked up, not summed
     experts: Term | None = None
 
+    def meant(self, word: str) -> Term | None:
+        """The index that a line with ``word`` means here, if there is one."""
+        if word == "vocab":
+            return self.row if self.table else self.column
+        if word == "row":
+            return None if self.table else self.row
+        return self.experts if word == "experts" else self.column
+
+
+MEANT = {  # a line's word -> the index that it means, and why there may be none
+    "column": ("of outputs", "no dim of what it makes is its own"),
+    "row": ("to sum over", "a lookup picks rows, a convolution of each channel by itself sums over no channels"),
+    "vocab": ("of a vocabulary", "no dim of what it makes is its own, and no lookup reads it"),
+    "experts": ("of several experts", "no product of rows with the matrix of their expert reads it"),
+}
+
 
 @dataclass(frozen=True)
 class _Planned:
@@ -142,25 +158,24 @@ def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
         )
     first: Term | None = None
     for use in uses:
-        if claim.word == "vocab":
-            term = use.row if use.table else use.column
-        elif claim.word == "experts":
-            term = use.experts
-        elif claim.word == "row":
-            term = None if use.table else use.row
-        else:
-            term = use.column
+        term = use.meant(claim.word)
         if term is None:
             continue
         first = term if first is None else first
         if claim.word == "vocab" or any(a is b for a in atoms(first) for b in atoms(term)):
             yield use, term
-    if first is None and claim.word == "experts":
+    if first is None:
+        what, why = MEANT[claim.word]
+        others = [
+            word
+            for word in MEANT
+            if any(use.meant(word) is not None and (use.table or word != "vocab") for use in uses)
+        ]
         raise ShardingError(
-            f"`experts` claims {claim.parameter}, which does not hold the matrices of several experts",
+            f"`{claim.word}` claims {claim.parameter}, which has no index {what}",
             where=claim.line.where,
-            why="no product of rows with the matrix of their expert reads it",
-            help=f"say `column` or `row` for {claim.parameter}, or remove it from the line",
+            why=why,
+            help=f"say {' or '.join(f'`{word}`' for word in others)} for {claim.parameter}, or remove it from the line",
         )
 
 
@@ -202,15 +217,20 @@ def uses_of(program: Program, parameter: str) -> list[Use]:
 def _use(program: Program, node: torch.fx.Node, sentence: Sentence, index: int) -> Use:
     structure = program.structure
     assert structure is not None
-    terms = structure.values[program.call(node).operands[index].name][0]
+    call = program.call(node)
+    terms = structure.values[call.operands[index].name][0]
+    own = dict(zip(sentence.operands[index], terms, strict=True))
     others = {x for i, labels in enumerate(sentence.operands) if i != index for x in labels}
     results = {x for labels in sentence.results for x in labels}
-    column = [t for x, t in zip(sentence.operands[index], terms, strict=True) if x in results and x not in others]
-    owning = {x for _, x, _ in sentence.owners}
-    row = [t for x, t in zip(sentence.operands[index], terms, strict=True) if x not in results and x not in owning]
-    table = not any(x in others for x in sentence.operands[index] if x not in results)
-    experts = next((t for x, t in zip(sentence.operands[index], terms, strict=True) if x in owning), None)
-    return Use(node, prod(column) if column else None, prod(row) if row else None, table, experts)
+    experts = {x for _, x, _ in sentence.owners}
+    table = not any(x.meta["val"].is_floating_point() for i, x in enumerate(call.operands) if i != index)
+    column = [x for x in own if x in results - others] or [x for x in own if x in results]  # (else one of each channel)
+    row = [x for x in own if x not in results | experts and (table or x in others)]
+
+    def product_of(labels: Sequence[str | None]) -> Term | None:
+        return prod([own[x] for x in labels]) if labels else None
+
+    return Use(node, product_of(column), product_of(row), table, next((own[x] for x in own if x in experts), None))
 
 
 def candidates(term: Term) -> list[Atom]:

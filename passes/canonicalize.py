@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx
@@ -136,8 +137,24 @@ def _index(site: Site) -> torch.fx.Node | None:
 
 
 def _convolution(site: Site) -> torch.fx.Node | None:
-    """A convolution over single positions with groups is one matrix product per group."""
-    x, weight, bias, groups = (site.arg(name) for name in ("input", "weight", "bias", "groups"))
+    """Its bias is an addition; over single positions with groups it is one matrix product per group."""
+    x, weight, bias = (site.arg(name) for name in ("input", "weight", "bias"))
+    if site.node.target is aten.conv1d.default and (made := _products_of_groups(site)) is not None:
+        product = made
+    elif bias is None or len(site.shape(x)) != len(site.shape(weight)):  # (without a batch dim it has no rule)
+        return None
+    else:
+        conv: Any = site.node.target
+        product = site.emit(conv, x, weight, None, *(site.arg(a.name) for a in conv._schema.arguments[3:]))
+    if bias is None:
+        return product
+    for _ in site.shape(weight)[2:]:
+        bias = site.emit(aten.unsqueeze.default, bias, -1)
+    return site.emit(aten.add.Tensor, product, bias)
+
+
+def _products_of_groups(site: Site) -> torch.fx.Node | None:
+    x, weight, groups = (site.arg(name) for name in ("input", "weight", "groups"))
     channels, *positions = site.shape(x)[1:]
     outs, ins, *kernel = site.shape(weight)
     plain = all(site.arg(name) in ([n], n) for name, n in (("stride", 1), ("padding", 0)))
@@ -145,8 +162,7 @@ def _convolution(site: Site) -> torch.fx.Node | None:
         return None
     matrices = site.emit(aten.reshape.default, weight, [groups, outs // groups, ins])
     parted = site.emit(aten.unflatten.int, x, 1, [groups, ins])
-    made = site.emit(aten.flatten.using_ints, site.emit(aten.matmul.default, matrices, parted), 1, 2)
-    return made if bias is None else site.emit(aten.add.Tensor, made, site.emit(aten.unsqueeze.default, bias, -1))
+    return site.emit(aten.flatten.using_ints, site.emit(aten.matmul.default, matrices, parted), 1, 2)
 
 
 def _attention(site: Site) -> torch.fx.Node | None:
@@ -199,7 +215,8 @@ REWRITES: dict[str, Rewrite] = {
     "aten.linear.default": _linear,
     "aten.addmm.default": _addmm,
     "aten.baddbmm.default": _baddbmm,
-    "aten.conv1d.default": _convolution,
+    **{f"aten.conv{n}d.{form}": _convolution for n in (1, 2, 3) for form in ("default", "padding")},
+    **{f"aten.conv_transpose{form}": _convolution for form in ("1d.default", "2d.input", "3d.input")},
     "aten.dropout.default": _dropout,
     "aten.feature_dropout.default": _dropout,
     "aten.slice.Tensor": _slice,

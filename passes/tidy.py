@@ -26,6 +26,12 @@ from tpcompile.program import Program, copy_graph
 aten = torch.ops.aten
 _attention = aten.scaled_dot_product_attention.default
 ARITHMETIC = (aten.sym_size.int, operator.add, operator.sub, operator.mul, operator.floordiv)  # on sizes
+CONVOLUTIONS = (  # and over how many dims each
+    *((getattr(getattr(aten, f"conv{n}d"), form), n) for n in (1, 2, 3) for form in ("default", "padding")),
+    (aten.conv_transpose1d.default, 1),
+    (aten.conv_transpose2d.input, 2),
+    (aten.conv_transpose3d.input, 3),
+)
 EVERYBODY = Mesh((1,)).group_name([0])  # the group whose members are all ranks, in their order
 all_reduce = leaf(collectives.all_reduce)
 copy = leaf(collectives.copy)
@@ -52,15 +58,18 @@ def _other_dtype(match: Match) -> str | None:
     return None if x == y else f"x is {x} and y is {y}: the message would be in the wider of the two"
 
 
-def _not_per_column(name: str, operands: str, what: str) -> Any:
-    """Whether a variable has not one number for each column of the root's value, or another dtype than ``operands``."""
+def _not_per_column(name: str, operands: str, what: str, dim: int = -1) -> Any:
+    """Whether a variable has not one number for each column of the root's value, or another dtype than ``operands``.
+
+    Columns are the root's dim ``dim``.
+    """
 
     def reason(match: Match) -> str | None:
         if not isinstance(match[name], torch.fx.Node):
             return f"{name} is a number"
         x, out = match[name].meta["val"], match.root.meta["val"]
-        if _exact(x.shape) != _exact(out.shape[-1:]):
-            return f"{name} is {list(x.shape)}, not one number for each of the {out.shape[-1]} columns"
+        if _exact(x.shape) != _exact(out.shape[dim:][:1]):
+            return f"{name} is {list(x.shape)}, not one number for each of the {out.shape[dim]} columns"
         dtypes = {match[v].meta["val"].dtype for v in operands}
         return None if len(dtypes) == 1 else f"{what} takes one dtype, not {sorted(map(str, dtypes))}"
 
@@ -175,6 +184,34 @@ def _biased(product: Any, with_bias: Any) -> tuple[Pattern, Pattern]:
     )
 
 
+def _biased_convolution(conv: Any, dims: int) -> Pattern:
+    """A convolution over ``dims`` dims plus one number per channel is a convolution with bias."""
+
+    def plus(product: Any, bias: Any) -> Any:
+        for _ in range(dims):
+            bias = aten.unsqueeze.default(bias, -1)
+        return aten.add.Tensor(product, bias)
+
+    name, unless = f"a bias goes into its {conv}", _not_per_column("b", "xwb", "a convolution", 1)
+    if "transpose" in name:
+        return Pattern(
+            name,
+            lambda x, w, b, stride, padding, more, groups, dilation: plus(
+                conv(x, w, None, stride, padding, more, groups, dilation), b
+            ),
+            lambda x, w, b, stride, padding, more, groups, dilation: conv(
+                x, w, b, stride, padding, more, groups, dilation
+            ),
+            unless,
+        )
+    return Pattern(
+        name,
+        lambda x, w, b, stride, padding, dilation, groups: plus(conv(x, w, None, stride, padding, dilation, groups), b),
+        lambda x, w, b, stride, padding, dilation, groups: conv(x, w, b, stride, padding, dilation, groups),
+        unless,
+    )
+
+
 def _written_gelu(x: Any) -> Any:
     """Gelu with tanh as transformers' NewGELUActivation writes it (Hendrycks and Gimpel 2016)."""
     inner = aten.add.Tensor(x, aten.mul.Tensor(aten.pow.Tensor_Scalar(x, 3.0), 0.044715))
@@ -245,6 +282,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     *_biased(aten.linear.default, lambda x, w, b: aten.linear.default(x, w, b)),
     *_biased(aten.mm.default, lambda x, w, b: aten.addmm.default(b, x, w)),
+    *(_biased_convolution(conv, dims) for conv, dims in CONVOLUTIONS),
     Pattern(
         "gelu, written out", _written_gelu, lambda x: aten.gelu.default(x, approximate="tanh"), _narrow,
     ),

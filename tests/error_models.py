@@ -127,3 +127,14 @@ class TwoGroupings(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.other(self.one(x))
+
+
+class Convolved(nn.Module):
+    """Twelve channels, each of them convolved by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Conv1d(12, 12, 3, groups=12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.each(x.transpose(1, 2))

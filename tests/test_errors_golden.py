@@ -38,6 +38,7 @@ CASES = {
     "row_does_not_hold": Case(models.Block, "mlp.up    column\nmlp.down  row\nattn.o_proj  row\n"),
     "row_on_the_first": Case(models.Mlp, "up  row\n"),
     "row_behind_a_norm": Case(models.Normed, "down  row\n"),
+    "row_without_a_sum": Case(models.Convolved, "each  row\n"),
     "axis_needed_whole": Case(models.Sorted, PAIR),
     "op_without_rule": Case(models.Unruled, PAIR),
     "regrouped": Case(models.Regrouped, PAIR),

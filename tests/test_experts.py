@@ -87,5 +87,5 @@ def test_experts_of_one_weight_alone_are_refused() -> None:
 
 
 def test_experts_of_what_has_none_are_refused() -> None:
-    with pytest.raises(ShardingError, match="does not hold the matrices of several experts"):
+    with pytest.raises(ShardingError, match="has no index of several experts"):
         verified("mixtral", "model.layers.*.self_attn.q_proj experts\n", 2)

@@ -17,7 +17,7 @@ from tpcompile.compiler import rewrite_captured
 from tpcompile.equivalence import verify_program
 from tpcompile.layout import Leaf
 from tpcompile.passes import PIPELINE
-from tpcompile.passes.tidy import PATTERNS, tidy
+from tpcompile.passes.tidy import CONVOLUTIONS, PATTERNS, tidy
 from tpcompile.patterns import Pattern, explain, write
 from tpcompile.placement import Placement
 from tpcompile.program import Pass, Program
@@ -61,6 +61,16 @@ LINEAR = [
     product((1, 1), (1, 1), 1),
 ]
 MM = [product((3, 4), (4, 5), 5), product((2, 1), (1, 1), 1)]
+BIASED = {
+    f"a bias goes into its {conv}": [
+        {
+            "x": Given((2, 4, *[3] * dims)), "w": Given((3, 4, *[2] * dims)), "b": Given((3,)),
+            "stride": [1] * dims, "padding": "same" if str(conv).endswith("padding") else [1] * dims,
+            "dilation": [1] * dims, "groups": 1,
+        } | ({"w": Given((4, 3, *[2] * dims)), "more": [0] * dims} if "transpose" in str(conv) else {})
+    ]
+    for conv, dims in CONVOLUTIONS
+}  # fmt: skip
 NORM = [{"x": Given((2, 3, 4)), "shape": [4], "eps": 1e-6, "w": Given((4,))}]
 PLAIN = {"dtype": torch.float64, "layout": None, "device": torch.device("cpu"), "pin_memory": False}
 FACTORY = [
@@ -92,6 +102,7 @@ SAMPLES: dict[str, Sequence[dict[str, Any]]] = {
     "a bias goes into its linear, bias first": LINEAR,
     "a bias goes into its mm": MM,
     "a bias goes into its mm, bias first": MM,
+    **BIASED,
     "a part of zeros is smaller": FACTORY,
     "a part of ones is smaller": FACTORY,
     "a part of full is smaller": [{**values, "value": 1} for values in FACTORY],

@@ -289,6 +289,8 @@ def _conv(call: Call) -> Sentence:
     spatial = len(call.shapes[1]) - 2
     if len(call.shapes[0]) != spatial + 2:
         raise ValueError("a convolution of one sample without a batch dim has no rule")
+    if len(call.operands) == 3:
+        raise ValueError("the bias of a convolution is an addition before anything is placed")
     transposed = "transpose" in str(call.node.target)
     groups = int(call.argument("groups"))
     x: Labels = ("b", "i", *(f"x{d}" for d in range(spatial)))
@@ -296,19 +298,16 @@ def _conv(call: Call) -> Sentence:
     y: Labels = ("b", "o", *(f"y{d}" for d in range(spatial)))
     kernel = tuple(f"k{d}" for d in range(spatial))
     whole = {str(label): "a convolution reads its neighbours" for label in (*x[2:], *kernel)}
-    bias: Labels = ("o",)
     if groups != 1 and groups == call.shapes[0][1] == call.results[0][1]:
-        w, y, bias = ("i", None), ("b", "i", *y[2:]), ("i",)
+        w, y = ("i", None), ("b", "i", *y[2:])
     elif groups != 1:
         w = ("p", "q")
         whole |= dict.fromkeys(("i", "o", "p", "q"), "a grouped convolution pairs its channels")
-    elif len(call.operands) == 3:
-        whole["i"] = "every rank would add the bias once more"
-    operands = ((*x,), (*w, *kernel), bias)[: len(call.operands)]
+    operands = (*x,), (*w, *kernel)
     sizes: dict[str, int] = {}
     for labels, shape in [*zip(operands, call.shapes, strict=True), (y, call.results[0])]:
         sizes |= {label: n for label, n in zip(labels, shape, strict=True) if label is not None}
-    return Sentence(operands, (y,), sizes, linear="each" if len(operands) == 2 else None, sums=True, whole=whole)
+    return Sentence(operands, (y,), sizes, linear="each", sums=True, whole=whole)
 
 
 def _local_groups(local: LocalCall) -> None:
