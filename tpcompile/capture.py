@@ -29,7 +29,8 @@ from tpcompile import caches
 from tpcompile.errors import CaptureError, Where
 from tpcompile.inlining import Inliner, Names
 from tpcompile.quantized import refuse_wrapped
-from tpcompile.tracing import PLAIN, Guard, Trace, flattened, refuse_hooks, trace, warn_of_lost_state
+from tpcompile.refused_models import refuse_hooks, refuse_shared_memory
+from tpcompile.tracing import PLAIN, Guard, Trace, flattened, trace, warn_of_lost_state
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ class Captured:
     hints: dict[sympy.Symbol, int]
     training: bool
     autocast: tuple[tuple[str, torch.dtype], ...]  # (device type, dtype) of the autocast modes that were on
+    grad_mode: (
+        Where | None
+    )  # where forward asks whether gradients are recorded; the graph is for calls in which they are
     _slots: tuple[_Slot, ...]
     _signature: inspect.Signature
     _dims: dict[sympy.Symbol, tuple[int, int]]  # symbol -> (input, dim) that defines it
@@ -112,6 +116,13 @@ class Captured:
                 f"called under {_autocast_text(now)}, captured under {_autocast_text(self.autocast)}",
                 why="autocast decides dtypes while the graph is made",
                 help="call and compile under the same torch.autocast, or compile a second time under this one",
+            )
+        if self.grad_mode is not None and not torch.is_grad_enabled():
+            raise CaptureError(
+                "called under torch.no_grad, captured with gradients",
+                where=self.grad_mode,
+                why="forward asks whether gradients are recorded, and computes something else where they are not",
+                help="call it with gradients on (and detach what it returns), or let forward decide by self.training",
             )
         leaves, spec = flattened((tuple(args), dict(kwargs or {})))
         if spec != self.in_spec:
@@ -251,7 +262,7 @@ class Captured:
 
     def _text(self, condition: sympy.Basic) -> str:
         """``condition`` in Python, with ``ids.shape[1]`` for symbols."""
-        text = PythonPrinter().doprint(condition)
+        text = PythonPrinter().doprint(condition) + " != 0" * isinstance(condition, sympy.Symbol)
         names = {
             str(symbol): self._dims[symbol] for symbol in condition.free_symbols if isinstance(symbol, sympy.Symbol)
         }
@@ -368,6 +379,7 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
 
         args, kwargs = default_inputs(model)
     refuse_hooks(model)
+    refuse_shared_memory(model)
     refuse_wrapped(model)
     signature = inspect.signature(model.forward)
     leaves, in_spec = flattened((args, kwargs))
@@ -415,6 +427,7 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         hints=hints,
         training=model.training,
         autocast=autocast,
+        grad_mode=found.grad_mode,
         _slots=slots,
         _signature=signature,
         _dims=found.dims(),

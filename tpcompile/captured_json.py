@@ -32,7 +32,7 @@ from tpcompile.errors import Where
 from tpcompile.inlining import Names
 from tpcompile.tracing import Guard, flattened, source
 
-FORMAT = 1
+FORMAT = 2
 NAMESPACES = frozenset({"aten", "prims"})
 """Of ops whose meaning is torch's version; others may be defined anew by whoever registers them."""
 MAX_CONSTANT_BYTES = 2**20
@@ -270,6 +270,7 @@ def encode(captured: Captured) -> dict[str, Any]:
         "dims": [[write.expression(symbol), list(place)] for symbol, place in captured._dims.items()],
         "ranges": [[write.expression(symbol), list(limits)] for symbol, limits in captured._ranges.items()],
         "autocast": [[kind, write.value(dtype)] for kind, dtype in captured.autocast],
+        "grad_mode": _place(captured.grad_mode),
         "env": None if env is None else _stored_env(env, write),
     }
     document["storages"], document["tensors"] = write.storages, write.tensors
@@ -503,6 +504,7 @@ def decode(document: Mapping[str, Any], model: nn.Module, args: tuple[Any, ...],
         hints={read.expression(symbol): n for symbol, n in document["hints"]},
         training=bool(document["training"]),
         autocast=tuple((kind, read.value(dtype)) for kind, dtype in document["autocast"]),
+        grad_mode=None if document["grad_mode"] is None else Where(*document["grad_mode"]),
         _slots=tuple(_Slot(path, tensor, read.value(value)) for path, tensor, value in document["slots"]),
         _signature=inspect.signature(model.forward),
         _dims={read.expression(symbol): (i, dim) for symbol, (i, dim) in document["dims"]},

@@ -25,7 +25,7 @@ from tpcompile.capture import outside_autocast
 from tpcompile.collectives import transition_of
 from tpcompile.compare import backward, gradient_errors, largest, relative_error
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, rewrite
-from tpcompile.errors import CaptureError, TpcompileError
+from tpcompile.errors import TpcompileError
 from tpcompile.layout import Concat, Layout, Leaf, Owned, Product, axes_of, concat, product, runs, size, whole_segments
 from tpcompile.localize import per_rank
 from tpcompile.placement import Placement, uncut
@@ -133,10 +133,10 @@ def verify_program(
         timings = {**program.timings, "compare": time.perf_counter() - start}
         infinite = (math.inf, math.inf, math.inf, math.inf)
         return Report(False, *infinite, False, str(failure), messages, held(program), timings)
-    native_output, native_gradient = _errors(eager, native)
+    native_output, native_gradient = worst_errors(eager, native)
     reference = _run_graph(program, _wide(program.captured.graph_module), wide, _widened)
-    output_error, gradient_error = _errors(reference, exact)
-    allowed = _allowed(program, eager)
+    output_error, gradient_error = worst_errors(reference, exact)
+    allowed = tolerated(program, eager)
     replicas_equal = exact.replicas_equal and native.replicas_equal
     mismatch = None
     if output_error > tolerance or gradient_error > tolerance or not exact.replicas_equal:
@@ -161,40 +161,6 @@ def verify_program(
         held(program),
         timings,
     )
-
-
-def check_capture(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Compare the captured graph with the model on the example inputs: outputs, once, in the model's own precision.
-
-    A model can compute something else while it is traced, and no look at its graph would tell.
-
-    Raises:
-        CaptureError: they differ by more than rounding.
-    """
-    captured = program.captured
-    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-    try:
-        with _same_random_numbers():
-            with original(model):
-                result = caches.call(model, args, kwargs)
-            expected = [_plain(x) for x in caches.leaves(result)]
-    finally:
-        with torch.no_grad():
-            for n, b in model.named_buffers():
-                b.copy_(buffers[n])
-    own = {**captured.parameters, **_others(program, torch.Tensor.detach)}
-    with _same_random_numbers(), torch.no_grad():
-        run = outside_autocast(_Reference(captured.graph_module, own).run, captured.autocast)
-        found = list(run(*captured.flatten(args, kwargs)))
-    error = _errors(Run(expected), Run(found))[0]
-    dtypes = {x.dtype for x in expected if isinstance(x, torch.Tensor) and x.is_floating_point()}
-    if not error <= max((torch.finfo(d).eps for d in dtypes), default=0.0) ** 0.5:
-        raise CaptureError(
-            f"the captured graph is not the model: outputs for the example inputs differ by {error:.1e}",
-            why="the model computes something else while it is traced",
-            help='for a transformers model try attn_implementation="eager": masks of fused attention are made in '
-            "another way while tracing",
-        )
 
 
 def _with_whole_outputs(program: Program) -> Program:
@@ -226,7 +192,7 @@ def _with_whole_outputs(program: Program) -> Program:
     return program.with_(graph_module=module)
 
 
-def _allowed(program: Program, eager: Run) -> float:
+def tolerated(program: Program, eager: Run) -> float:
     """What rounding may do in the model's own precision: sqrt(eps) of its coarsest floating dtype."""
     dtypes = {x.dtype for x in [*eager.outputs, *eager.gradients.values()] if isinstance(x, torch.Tensor)}
     dtypes |= {p.dtype for p in program.captured.parameters.values()} | {d for _, d in program.captured.autocast}
@@ -240,7 +206,8 @@ def _rounding(program: Program, flat: Sequence[torch.Tensor], eager: Run, allowe
     """
     captured = program.captured
     run = outside_autocast(_run_graph, captured.autocast)
-    if not max(_errors(eager, plain := run(program, captured.graph_module, flat, torch.Tensor.detach))) <= allowed:
+    unmoved = run(program, captured.graph_module, flat, torch.Tensor.detach)
+    if not max(worst_errors(eager, unmoved)) <= allowed:
         return 0.0
     generator = torch.Generator().manual_seed(0)
 
@@ -250,11 +217,11 @@ def _rounding(program: Program, flat: Sequence[torch.Tensor], eager: Run, allowe
         signs = torch.randint(0, 2, x.shape, generator=generator).mul_(2).sub_(1).to(x)
         return x.detach() * (1 + signs * torch.finfo(x.dtype).eps)
 
-    moved = NUDGES * max(_errors(plain, run(program, captured.graph_module, flat, nudged)))
+    moved = NUDGES * max(worst_errors(unmoved, run(program, captured.graph_module, flat, nudged)))
     return min(moved, MOST) if math.isfinite(moved) else 0.0
 
 
-def _errors(expected: Run, got: Run) -> tuple[float, float]:
+def worst_errors(expected: Run, got: Run) -> tuple[float, float]:
     """Worst errors of outputs and gradients; NaN and missing ones are infinite."""
     output = 0.0
     for a, b in zip(expected.outputs, got.outputs, strict=True):
@@ -280,7 +247,7 @@ def _widened(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _same_random_numbers() -> Generator[None]:
+def same_random_numbers() -> Generator[None]:
     """The same generator state for every run, and the caller's state untouched."""
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
@@ -300,7 +267,7 @@ def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     try:
         for p in model.parameters():
             p.grad = None
-        with _same_random_numbers():
+        with same_random_numbers():
             with original(model):
                 result = caches.call(model, *inputs)
             leaves = caches.leaves(result)
@@ -308,7 +275,7 @@ def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
         gradients |= {f"input {i}": x.grad for i, x in enumerate(tensors) if x.grad is not None}
-        return Run([_plain(x) for x in leaves], gradients, {n: b.detach().clone() for n, b in model.named_buffers()})
+        return Run([detached(x) for x in leaves], gradients, {n: b.detach().clone() for n, b in model.named_buffers()})
     finally:
         with torch.no_grad():
             for n, b in model.named_buffers():
@@ -317,17 +284,18 @@ def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
             p.grad = kept[n]
 
 
-def _plain(x: Any) -> Any:
+def detached(x: Any) -> Any:
+    """A tensor without its history; anything else as it is."""
     return x.detach() if isinstance(x, torch.Tensor) else x
 
 
-def _others(program: Program, convert: Any) -> dict[str, torch.Tensor]:
+def buffers_and_constants(program: Program, convert: Any) -> dict[str, torch.Tensor]:
     """Buffers and constants for one run: copies, so that a run that updates them leaves the model alone."""
     found = {**program.captured.buffers, **program.captured.constants}
     return {n: convert(x).clone() for n, x in found.items()}
 
 
-class _Reference(torch.fx.Interpreter):
+class Reference(torch.fx.Interpreter):
     """Runs a whole graph with the given parameters, telling ``see`` of every value."""
 
     def __init__(self, module: torch.fx.GraphModule, attributes: Mapping[str, torch.Tensor], see: Any = None):
@@ -336,9 +304,11 @@ class _Reference(torch.fx.Interpreter):
         self.see = see
 
     def fetch_attr(self, target: str) -> Any:
+        """The attribute given, else the module's own."""
         return self.attributes[target] if target in self.attributes else super().fetch_attr(target)
 
     def run_node(self, n: torch.fx.Node) -> Any:
+        """Its value, which is shown to ``see``."""
         value = super().run_node(n)
         if self.see is not None:
             self.see(n, value)
@@ -351,14 +321,14 @@ def _run_graph(
     """The captured graph on one device, its parameters and buffers converted."""
     parameters = {n: convert(p).requires_grad_(p.requires_grad) for n, p in program.captured.parameters.items()}
     inputs = [_requires_grad(x) for x in flat]
-    with _same_random_numbers():
-        others = _others(program, convert)
-        leaves = _Reference(module, {**parameters, **others}, see).run(*inputs)
+    with same_random_numbers():
+        others = buffers_and_constants(program, convert)
+        leaves = Reference(module, {**parameters, **others}, see).run(*inputs)
         if any(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves):
             backward(leaves)
     gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
     gradients |= {f"input {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
-    return Run([_plain(x) for x in leaves], gradients, {n: others[n] for n in program.captured.buffers})
+    return Run([detached(x) for x in leaves], gradients, {n: others[n] for n in program.captured.buffers})
 
 
 def _simulate(
@@ -369,7 +339,7 @@ def _simulate(
     parameters = {n: convert(p).requires_grad_(p.requires_grad) for n, p in program.captured.parameters.items()}
     ranks = shards.attributes(parameters, {}, program.parameters, mesh)
     for mine in ranks:
-        mine |= _others(program, convert)
+        mine |= buffers_and_constants(program, convert)
     inputs = [[_requires_grad(x) for x in flat] for _ in ranks]
     ran: set[torch.fx.Node] = set()
 
@@ -378,7 +348,7 @@ def _simulate(
         if see is not None:
             see(node, values)
 
-    with _same_random_numbers():
+    with same_random_numbers():
         simulation = Simulation(module, ranks=mesh.degree, groups=mesh.all_groups(), attributes=ranks)
         try:
             outputs = simulation.run(inputs, on_node=watch)
@@ -407,7 +377,7 @@ def _simulate(
     equal &= all(_identical(a, b) for other in outputs[1:] for a, b in zip(outputs[0], other, strict=True))
     buffers = {n: ranks[0][n] for n in program.captured.buffers}
     equal &= all(_identical(x, mine[n]) for mine in ranks[1:] for n, x in buffers.items())
-    return Run([_plain(x) for x in outputs[0]], gradients, buffers, equal)
+    return Run([detached(x) for x in outputs[0]], gradients, buffers, equal)
 
 
 def _identical(a: Any, b: Any) -> bool:
@@ -454,7 +424,7 @@ def _first_difference(
         if error > tolerance:
             return _said("value", node, f"differs by {error:.1e}")
     for index, (want, got) in enumerate(zip(reference.outputs, exact.outputs, strict=True)):
-        error = _errors(Run([want]), Run([got]))[0]
+        error = worst_errors(Run([want]), Run([got]))[0]
         if error > tolerance:
             outputs: Any = program.graph.output_node().args[0]
             return _said(f"output {index}, value", outputs[index], f"differs by {error:.1e}")
@@ -550,4 +520,15 @@ def _dims(program: Program, placed: Placement, whole: torch.Tensor) -> list[Layo
     return dims if tuple(map(size, dims)) == tuple(whole.shape) else None
 
 
-__all__ = ["Report", "verify", "verify_program"]
+__all__ = [
+    "Reference",
+    "Report",
+    "Run",
+    "buffers_and_constants",
+    "detached",
+    "same_random_numbers",
+    "tolerated",
+    "verify",
+    "verify_program",
+    "worst_errors",
+]

@@ -122,6 +122,13 @@ class Inliner:
         nodes = program.graph.find_nodes(op="placeholder")
         for node, spec in zip(nodes, program.graph_signature.input_specs, strict=True):
             if spec.kind is InputKind.CUSTOM_OBJ:
+                if getattr(spec.arg, "class_fqn", "") == "torch._C.Generator":
+                    raise CaptureError(
+                        f"{type(self.model).__name__} cannot be captured: its forward draws from a torch.Generator",
+                        where=next((where for user in node.users if (where := source(user))), None),
+                        why="every call would start it from the same state, or the ranks would not share it",
+                        help="draw from torch's default generator (torch.manual_seed), or draw outside of the model",
+                    )
                 raise CaptureError(
                     f"{spec.target} is not a tensor, and a graph can hold nothing else",
                     why="script objects and custom classes cannot be traced",
@@ -170,6 +177,15 @@ class Inliner:
                     where=next((where for user in placeholder.users if (where := source(user))), None),
                     why="it is made in a way that the tracer does not see, such as x.data",
                     help="use x.detach() in place of x.data",
+                )
+            if tensor.requires_grad:
+                raise CaptureError(
+                    f"{type(self.model).__name__} cannot be captured: its forward uses a tensor that requires a gradient "
+                    "and is no parameter of the model",
+                    where=next((where for user in placeholder.users if (where := source(user))), None),
+                    why="it would be a constant of the graph, and its gradient lost",
+                    help="make it a parameter of a module (self.w = nn.Parameter(...), nn.ParameterList, nn.ModuleList "
+                    "in place of a list), or let it require none",
                 )
             self.constants[name] = tensor
         self._tensors[name] = tensor
@@ -231,9 +247,16 @@ class Inliner:
         if not regime.grad:
             self._refuse_hidden_write(node, env)
 
-        def operand(value: fx.Node) -> Any:
-            return self._with_gradients(env[value]) if regime.grad else env[value]
+        writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
+        def operand(value: fx.Node) -> Any:
+            if regime.grad:
+                return self._with_gradients(env[value])
+            if writes and value is not written:  # or what is written to would keep how it was computed
+                return self._detach(env[value])
+            return env[value]
+
+        written = node.kwargs.get("out", node.args[0] if node.args else None)
         args, kwargs = map_arg((node.args, node.kwargs), operand)
         if isinstance(node.kwargs.get("out"), fx.Node) and isinstance(node.target, torch._ops.OpOverload):
             return self._written(node, args, kwargs, regime)
@@ -270,7 +293,10 @@ class Inliner:
 
     def _with_gradients(self, value: Any) -> Any:
         """``value`` as code that records gradients sees it: what was computed without them has none."""
-        if not isinstance(value, fx.Node) or not value.meta.get("no_grad") or not _is_float(value.meta.get("val")):
+        return self._detach(value) if isinstance(value, fx.Node) and value.meta.get("no_grad") else value
+
+    def _detach(self, value: Any) -> Any:
+        if not isinstance(value, fx.Node) or not _is_float(value.meta.get("val")):
             return value
         if value not in self._detached:
             with self.graph.inserting_after(value):

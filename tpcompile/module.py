@@ -22,10 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpcompile import shards
 from tpcompile.caches import Cut, cut_of, mark_cut, restores, taken_apart
 from tpcompile.capture import outside_autocast, set_apart
+from tpcompile.capture_check import check_capture
 from tpcompile.collectives import group_device, is_transformed, resolve_group, transition_of
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, held_parts, rewrite
 from tpcompile.effects import is_random
-from tpcompile.equivalence import check_capture
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.generation import generate, part_of
 from tpcompile.held import Held

@@ -29,6 +29,7 @@ def accepts(captured: Captured) -> Accepts:
     """`Captured.flatten` for tracers: None where that raises. Nested arguments must be passed as they were captured."""
     holds = sizes_hold(captured)
     slots, in_spec, autocast = captured._slots, captured.in_spec, captured.autocast
+    with_gradients = captured.grad_mode is not None
     kinds = [(x.dtype, x.example.device.type, x.example.dim()) for x in captured.inputs]
     tensor_slots = tuple(zip([i for i, slot in enumerate(slots) if slot.tensor], kinds, strict=True))
     constant_slots = tuple((i, slot.value) for i, slot in enumerate(slots) if not slot.tensor)
@@ -52,7 +53,7 @@ def accepts(captured: Captured) -> Accepts:
         return [given.get(path, default) for path, default in wanted]
 
     def check(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
-        if _autocast_state() != autocast:
+        if _autocast_state() != autocast or (with_gradients and not torch.is_grad_enabled()):
             return None
         leaves = leaves_of(args, kwargs)
         if leaves is None:

@@ -25,7 +25,7 @@ import types
 import warnings
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sympy
@@ -41,7 +41,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.autograd.function import _SingleLevelFunction
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental import sym_node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
@@ -61,14 +63,14 @@ Rebuild = Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]  # t
 class Guard:
     """A condition on input sizes under which the captured graph is the model."""
 
-    condition: sympy.Basic  # over the symbols of the inputs' dims
+    condition: sympy.Basic  # over the symbols of the inputs' dims; a symbol by itself: it is not 0
     where: Where | None  # the model's own line that asked
     branch: bool = False  # the model's Python code takes another branch where it does not hold
 
     def fails(self, values: Mapping[sympy.Symbol, Any]) -> bool:
         """Whether it does not hold at these sizes; one that divides by zero there does not."""
         try:
-            return self.condition.xreplace(dict(values)) == sympy.false
+            return self.condition.xreplace(dict(values)) in (sympy.false, sympy.Integer(0))
         except ZeroDivisionError:
             return True
 
@@ -84,6 +86,7 @@ class Trace:
     outputs: list[Any] = field(default_factory=list)  # per output leaf: `TRACED`, or the constant it is
     masks: list[bool] = field(default_factory=list[bool])  # which attention masks were left out, in order
     functions: list[_FunctionCall] = field(default_factory=list)  # calls of torch.autograd.Function classes
+    grad_mode: Where | None = None  # where forward asks whether gradients are recorded, and does something else then
     state: set[str] = field(default_factory=lambda: set[str]())  # module attributes that forward sets
     guards: tuple[Guard, ...] = ()
     fallback: Where | None = None  # where dynamic sizes failed, when that is why there are fewer
@@ -205,6 +208,10 @@ def _traced(
         )
     _refuse_functions(trace.functions)
     _refuse_memory(model, trace, rebuild)
+    if trace.grad_mode is not None:
+        with_gradients, without = (_calls(model, examples, rebuild, trace.masks, grad=g) for g in (True, False))
+        if _same_calls(with_gradients, without, 0):
+            trace.grad_mode = None
     known = trace.dims().keys()
     sizes = (Guard(guard.expr, _location(guard.sloc)) for guard in env.guards if guard.expr.free_symbols <= known)
     trace.guards = tuple(
@@ -568,10 +575,10 @@ def quiet() -> Generator[None]:
 @contextlib.contextmanager
 def _watched(trace: Trace) -> Generator[None]:
     """Refuse, at the model's own line, what tracing would drop or get wrong without a word; record its branches."""
-    apply = torch.autograd.Function.__dict__["apply"].__func__
     register_hook = torch.Tensor.register_hook
     enter = torch.inference_mode.__enter__
-    truth = torch.SymBool.__bool__
+    truth, is_contiguous, is_grad_enabled = torch.SymBool.__bool__, torch.Tensor.is_contiguous, torch.is_grad_enabled
+    requires_grad: Any = torch._C.TensorBase.__dict__["requires_grad"]
 
     def checked_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if cls is CheckpointFunction:
@@ -583,7 +590,8 @@ def _watched(trace: Trace) -> Generator[None]:
             )
         if not cls.__module__.startswith("torch."):
             trace.functions.append(_FunctionCall(cls, pytree.tree_map(_specimen, args), kwargs, _current_line()))
-        return apply(cls, *args, **kwargs)
+        base: Any = super(_SingleLevelFunction, cast("Any", cls))
+        return base.apply(*args, **kwargs)
 
     def checked_register_hook(tensor: torch.Tensor, hook: Any) -> Any:
         if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
@@ -607,14 +615,41 @@ def _watched(trace: Trace) -> Generator[None]:
 
     def recorded_truth(value: torch.SymBool) -> bool:
         condition, taken = value.node.expr, truth(value)
-        caller = sys._getframe(1).f_code.co_filename
-        if condition.free_symbols and (not caller.startswith(_TORCH) or caller.startswith(os.path.join(_TORCH, "nn"))):
-            trace.branches.append((condition, taken, _current_line()))
+        if _asked_by_model():
+            if condition.free_symbols:
+                trace.branches.append((condition, taken, _current_line()))
+            else:  # sizes are positive, the tracer knows
+                unlike(0)
         return taken
+
+    def recorded_layout(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+        if _asked_by_model():  # the strides of a dim of one position, or of none, mean nothing
+            unlike(0)
+            unlike(1)
+        return is_contiguous(tensor, *args, **kwargs)
+
+    def unlike(size: int) -> None:
+        for symbol in {*trace.env.places.values()}:
+            trace.branches.append((sympy.Ne(symbol, size) if size else symbol, True, _current_line()))
+
+    def recorded_mode() -> bool:
+        if _asked_by_model():
+            trace.grad_mode = trace.grad_mode or _current_line()
+        return is_grad_enabled()
+
+    def recorded_requires_grad(tensor: torch.Tensor) -> bool:
+        if _asked_by_model():
+            trace.grad_mode = trace.grad_mode or _current_line()
+        return requires_grad.__get__(tensor)
 
     with (
         _patched(torch.SymBool, "__bool__", recorded_truth),
-        _patched(torch.autograd.Function, "apply", classmethod(checked_apply)),
+        _patched(torch.SymBool, "__int__", lambda value: int(bool(value))),
+        _patched(torch.SymBool, "__hash__", lambda value: hash(bool(value))),
+        _patched(torch.Tensor, "is_contiguous", recorded_layout),
+        _patched(torch.Tensor, "requires_grad", property(recorded_requires_grad, requires_grad.__set__)),
+        _patched(torch, "is_grad_enabled", recorded_mode),
+        _patched(_SingleLevelFunction, "apply", classmethod(checked_apply)),  # (`op = Op.apply` holds that of Function)
         _patched(torch.Tensor, "register_hook", checked_register_hook),
         _patched(torch.inference_mode, "__enter__", checked_enter),
         _patched(TracerBase, "_filter_traceback_frames", _model_frames),
@@ -622,8 +657,17 @@ def _watched(trace: Trace) -> Generator[None]:
         yield
 
 
+def _asked_by_model() -> bool:
+    """Whether the model's own code, or a module of torch.nn, is what called the caller of this function."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename in _SYMBOLS:
+        frame = frame.f_back
+    caller = frame.f_code.co_filename if frame is not None else _TORCH
+    return not caller.startswith(_TORCH) or caller.startswith(os.path.join(_TORCH, "nn"))
+
+
 @contextlib.contextmanager
-def _patched(owner: type, name: str, value: Any) -> Generator[None]:
+def _patched(owner: Any, name: str, value: Any) -> Generator[None]:
     inherited = name not in owner.__dict__
     before = getattr(owner, name) if inherited else owner.__dict__[name]
     setattr(owner, name, value)
@@ -642,6 +686,13 @@ class _FunctionCall:
     kwargs: dict[str, Any]
     where: Where | None
 
+    @property
+    def key(self) -> Any:
+        """The same for calls that do the same: of one Function, with the same shapes and plain arguments."""
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        described = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves]
+        return self.kind, str(spec), str(described)
+
 
 def _specimen(value: Any) -> Any:
     """A tensor of the same sizes and dtype on meta, sizes as they were in the trace."""
@@ -657,23 +708,24 @@ def _refuse_functions(calls: Sequence[_FunctionCall]) -> None:
     torch.export traces the forward and forgets the backward. For a Function that is only a faster or leaner way to
     write its own derivative that is right, for a straight-through estimator it is silently wrong: so it is measured.
     """
-    checked: set[Any] = set()
-    for call in calls:
-        if call.kind not in checked and not _backward_is_the_derivative(call):
+    for call in {call.key: call for call in calls}.values():
+        if not all(_backward_is_the_derivative(call, scale) for scale in _SCALES):
             raise CaptureError(
                 f"torch.autograd.Function {call.kind.__name__!r} cannot be captured",
                 where=call.where,
                 why="its forward would be traced and its backward lost, which is not the derivative of its forward",
                 help="write the operation with ordinary tensor ops and detach(), or as a torch.library.custom_op",
             )
-        checked.add(call.kind)
 
 
-def _backward_is_the_derivative(call: _FunctionCall) -> bool:
+_SCALES = (1e-2, 1.0, 1e2)  # of the numbers at which a backward is measured: some clip what is large
+
+
+def _backward_is_the_derivative(call: _FunctionCall, scale: float) -> bool:
     """Whether gradients by ``backward`` and through ``forward`` are alike, at a random point in fp64."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        args = pytree.tree_map(_random, call.args)
+        args = pytree.tree_map(functools.partial(_random, scale), call.args)
         floats = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         separate = call.kind.setup_context is not torch.autograd.Function.setup_context
         try:
@@ -682,15 +734,24 @@ def _backward_is_the_derivative(call: _FunctionCall) -> bool:
             gradients = [_gradients(outputs, floats) for outputs in (inline, applied)]
         except Exception:  # noqa: BLE001  (it does not run in fp64 on cpu: nothing can be said of it)
             return False
-    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*gradients, strict=True))
+    return all(_same_gradient(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def _random(value: Any) -> Any:
+def _random(scale: float, value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if value.is_floating_point():
-        return torch.randn(value.shape, dtype=torch.float64, requires_grad=True)
+        return (torch.randn(value.shape, dtype=torch.float64) * scale).requires_grad_()
+    if value.dtype == torch.bool:
+        return torch.rand(value.shape) < 0.5
     return torch.zeros(value.shape, dtype=value.dtype)
+
+
+def _same_gradient(through_forward: torch.Tensor, by_backward: torch.Tensor) -> bool:
+    """Whether they are alike where that through forward is a number: there exp may overflow, say."""
+    known = through_forward.isfinite()
+    a, b = through_forward[known], by_backward[known]
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-7 * max(1.0, float(a.abs().max()) if len(a) else 0.0))
 
 
 def _gradients(outputs: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -711,30 +772,15 @@ class _NoContext:
         return lambda *args, **kwargs: None  # pyright: ignore[reportUnknownVariableType]
 
 
-def refuse_hooks(model: nn.Module) -> None:
-    """Refuse hooks that would be lost: backward hooks on modules, and hooks on parameters."""
-    for name, module in model.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
-            raise CaptureError(
-                f"module {name or type(model).__name__!r} has a backward hook",
-                where=Where(module=name),
-                why="a graph keeps what forward hooks compute, but has no modules on which backward hooks could run",
-                help="remove the hook before compiling",
-            )
-    for name, parameter in model.named_parameters():
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            raise CaptureError(
-                f"parameter {name!r} has a gradient hook",
-                why="the compiled model has parameters of its own, each a shard, on which the hook would not run",
-                help="remove the hook before compiling, and register it on the compiled model's parameters",
-            )
-
-
 # ---------------------------------------------------------------- branches on sizes
 
 
+EDGES = (1, 0)
+"""Sizes that the tracer takes no dynamic dim for."""
+
+
 def _branch_guards(model: nn.Module, trace: Trace, rebuild: Rebuild) -> tuple[Guard, ...]:
-    """Guards for sizes of 1: the tracer takes every dynamic size for at least 2, and decides Python branches by it.
+    """Guards for sizes of 1 and 0: the tracer takes dynamic sizes for at least 2, and decides Python branches by it.
 
     ``if tokens.shape[1] == 1`` is such a branch. Most are harmless (another branch, the same ops), and refusing size 1
     for all of them would refuse most models, so the model is run on fake tensors, at its example sizes and at size 1:
@@ -747,16 +793,16 @@ def _branch_guards(model: nn.Module, trace: Trace, rebuild: Rebuild) -> tuple[Gu
     usual = {symbol: sympy.Integer(trace.examples[i].shape[dim]) for symbol, [(i, dim), *_] in places.items()}
 
     @functools.cache
-    def called(ones: frozenset[sympy.Basic]) -> list[Any] | None:
+    def called(symbols: frozenset[sympy.Basic], size: int) -> list[Any] | None:
         small = list(trace.examples)
-        for i, dim in (place for symbol in ones for place in places[symbol]):
-            small[i] = small[i].narrow(dim, 0, 1)
+        for i, dim in (place for symbol in symbols for place in places[symbol]):
+            small[i] = small[i].narrow(dim, 0, size)
         return _calls(model, small, rebuild, trace.masks)
 
     @functools.cache
-    def harmless(ones: frozenset[sympy.Basic]) -> bool:
-        step = math.gcd(*(int(usual[symbol]) - 1 for symbol in ones))
-        return _same_calls(called(frozenset()), called(ones), step)
+    def harmless(symbols: frozenset[sympy.Basic], size: int) -> bool:
+        step = math.gcd(*(int(usual[symbol]) - size for symbol in symbols))
+        return _same_calls(called(frozenset(), 0), called(symbols, size), step)
 
     guards: dict[sympy.Basic, Guard] = {}
     for recorded, taken, where in trace.branches:
@@ -764,11 +810,13 @@ def _branch_guards(model: nn.Module, trace: Trace, rebuild: Rebuild) -> tuple[Gu
         symbols = condition.free_symbols
         if not symbols or not symbols <= places.keys():
             continue
-        for ones in {*(frozenset([symbol]) for symbol in symbols), frozenset(symbols)}:
-            at_one = usual | dict.fromkeys(ones, sympy.Integer(1))
-            if condition.xreplace(at_one) != sympy.sympify(taken) and not harmless(ones):
-                holds = condition if taken else sympy.Not(condition)
-                guards.setdefault(holds, Guard(holds, where, branch=True))
+        holds = condition if taken else sympy.Not(condition)
+        for few in {*(frozenset([symbol]) for symbol in symbols), frozenset(symbols)}:
+            for size in EDGES:
+                at: Any = usual | dict.fromkeys(few, sympy.Integer(size))
+                if Guard(holds, where).fails(at) and not harmless(few, size):
+                    for kept in [holds] if size else few:
+                        guards.setdefault(kept, Guard(kept, where, branch=True))
     return tuple(guards.values())
 
 
@@ -786,7 +834,7 @@ def _alike(a: Any, b: Any, step: int) -> bool:
         return False
     if isinstance(a, slice):
         return all(_alike(x, y, step) for x, y in ((a.start, b.start), (a.stop, b.stop), (a.step, b.step)))
-    return a is b or a == b or (type(a) is int and (a - b) % step == 0)
+    return a is b or a == b or (type(a) is int and step != 0 and (a - b) % step == 0)
 
 
 _EITHER = object()  # stands for an argument that changes nothing
@@ -813,15 +861,17 @@ class _CallLog(TorchFunctionMode):
 
 
 def _one_to_one(query: torch.Tensor, key: torch.Tensor, *_: Any, **kwargs: Any) -> bool:
-    """Whether attention is of one query to one key, which a causal mask leaves as it is."""
-    return query.shape[-2] == key.shape[-2] == 1
+    """Whether attention is of one query to one key (or of none), which a causal mask leaves as it is."""
+    return query.shape[-2] == key.shape[-2] <= 1
 
 
-def _calls(model: nn.Module, examples: list[torch.Tensor], rebuild: Rebuild, masks: list[bool]) -> list[Any] | None:
+def _calls(
+    model: nn.Module, examples: list[torch.Tensor], rebuild: Rebuild, masks: list[bool], *, grad: bool = True
+) -> list[Any] | None:
     """The calls of one run on fake tensors of exactly these sizes; None where that run fails."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     log = _CallLog()
-    with _preserved(model), quiet(), torch.enable_grad(), _compiling_state_context():
+    with _preserved(model), quiet(), torch.set_grad_enabled(grad), _compiling_state_context():
         _switch_off_checkpointing(model)
         _as_buffers(model)
         _fake(model, mode, lambda tensor: True, _home(examples))
@@ -839,6 +889,7 @@ def _calls(model: nn.Module, examples: list[torch.Tensor], rebuild: Rebuild, mas
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _TORCH_MODULES = os.path.join(_TORCH, "nn", "modules", "")
 _HERE = os.path.abspath(__file__)
+_SYMBOLS = (_HERE, str(torch.__file__), str(sym_node.__file__))  # where the methods of SymInt and SymBool are
 
 
 @functools.cache
