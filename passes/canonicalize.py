@@ -165,6 +165,14 @@ def _products_of_groups(site: Site) -> torch.fx.Node | None:
     return site.emit(aten.flatten.using_ints, site.emit(aten.matmul.default, matrices, parted), 1, 2)
 
 
+def _embedding(site: Site) -> torch.fx.Node | None:
+    """A sparse gradient holds the same numbers as a dense one."""
+    if not site.arg("sparse"):
+        return None
+    how = (site.arg(name) for name in ("weight", "indices", "padding_idx", "scale_grad_by_freq"))
+    return site.emit(aten.embedding.default, *how, False)
+
+
 def _attention(site: Site) -> torch.fx.Node | None:
     """Fused attention with dropout (its mask cannot be cut) or grouped heads, written out as the kernel's math path."""
     q, k, v = (site.arg(x) for x in ("query", "key", "value"))
@@ -218,6 +226,7 @@ REWRITES: dict[str, Rewrite] = {
     **{f"aten.conv{n}d.{form}": _convolution for n in (1, 2, 3) for form in ("default", "padding")},
     **{f"aten.conv_transpose{form}": _convolution for form in ("1d.default", "2d.input", "3d.input")},
     "aten.dropout.default": _dropout,
+    "aten.embedding.default": _embedding,
     "aten.feature_dropout.default": _dropout,
     "aten.slice.Tensor": _slice,
     "aten.expand.default": _same_shape,

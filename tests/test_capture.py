@@ -21,7 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from tpcompile import tracing
+from tpcompile import untouched
 from tpcompile.capture import Captured, capture
 from tpcompile.errors import CaptureError
 
@@ -485,12 +485,12 @@ def test_a_model_without_weights_is_where_its_inputs_are() -> None:
     mode = FakeTensorMode()
     with mode:
         given = torch.empty(2, 3, device=gpu)
-    assert tracing._home([torch.empty(2, device="meta"), given]) == gpu
-    assert tracing._home([torch.empty(2, device="meta")]) == tracing._home([]) == cpu
+    assert untouched.home_of([torch.empty(2, device="meta"), given]) == gpu
+    assert untouched.home_of([torch.empty(2, device="meta")]) == untouched.home_of([]) == cpu
     model = nn.BatchNorm1d(3, device="meta")
     model.weight = nn.Parameter(torch.ones(3))
-    with tracing._preserved(model):
-        tracing._fake(model, mode, lambda x: x.is_meta, gpu)
+    with untouched.preserved(model):
+        untouched.fake_tensors(model, mode, lambda x: x.is_meta, gpu)
         assert (model.weight.device, model.bias.device) == (cpu, gpu)
         assert model.running_mean is not None
         assert model.running_mean.device == gpu
@@ -1288,6 +1288,51 @@ def test_a_function_whose_backward_is_the_derivative_is_inlined() -> None:
     model = Cubed().double()
     captured = capture(model, *floats(-1, 4)(3, 0))
     assert difference(model, captured, floats(-1, 4)(2, 0)) < 1e-13
+
+
+class Clipped(torch.autograd.Function):
+    """A backward that is the derivative of the forward below ten alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * (ctx.saved_tensors[0].abs() < 10)
+
+
+class Scaled(torch.autograd.Function):
+    """A backward that is the derivative of the forward for a factor of 1 alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+doubled = Doubled.apply  # as functions are named once, when a module is imported
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(Clipped.apply, id="wrong where numbers are large"),
+        pytest.param(lambda x: Scaled.apply(Scaled.apply(x, 1.0), 2.0), id="wrong in its second call"),
+        pytest.param(doubled, id="under another name"),
+    ],
+)
+def test_every_call_of_a_function_is_measured(function: Callable[[torch.Tensor], Any]) -> None:
+    class Calls(Faulty):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(self.linear(x))
+
+    with pytest.raises(CaptureError, match=r"torch.autograd.Function '\w+' cannot be captured"):
+        capture(Calls(), *floats(-1, 4)(3, 0))
 
 
 def test_an_output_that_hides_tensors_is_refused() -> None:

@@ -99,6 +99,38 @@ def test_a_graph_that_is_not_the_model_is_refused(group: None) -> None:
     tpcompile.compile(model, Spec.parse(""), example_inputs=x)
 
 
+class TracedGradient(Traced):
+    """Which has the same outputs while it is traced, and other gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return y * 2 - y.detach() if torch.compiler.is_exporting() and self.factor == 1.0 else y
+
+
+def test_a_graph_with_other_gradients_than_the_model_is_refused(group: None) -> None:
+    model, x = TracedGradient(), torch.randn(2, 8)
+    model.up.weight.grad = torch.ones(8, 8)
+    with pytest.raises(CaptureError, match=r"gradients for the example inputs differ by .*, of up\.(weight|bias) most"):
+        tpcompile.compile(model, Spec.parse(""), example_inputs=(x,))
+    with torch.no_grad():  # nobody asks for gradients
+        tpcompile.compile(model, Spec.parse(""), example_inputs=(x,))
+    model.factor = 2.0  # the control
+    tpcompile.compile(model, Spec.parse(""), example_inputs=(x,))
+    assert torch.equal(model.up.weight.grad, torch.ones(8, 8))
+    assert model.up.bias.grad is None
+
+
+class WritesInput(Traced):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x.add_(1))
+
+
+def test_example_inputs_are_left_as_they_were(group: None) -> None:
+    x = torch.zeros(2, 8)
+    tpcompile.compile(WritesInput(), Spec.parse(""), example_inputs=(x,))
+    assert torch.equal(x, torch.zeros(2, 8))
+
+
 class Wide(nn.Module):
     """With a region in which autocast is switched off."""
 

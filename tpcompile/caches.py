@@ -25,6 +25,9 @@ _DERIVED = "batch_size"  # of a static layer: that of its keys
 _PLAIN = (torch.Tensor, bool, int, float, str)  # what is neither a cache nor holds one
 _CUT = "tensor_parallel_cut"  # attribute of a tensor or a layer: which dims are cut, and how
 
+PLAIN = bool | int | float | complex | str | torch.dtype | torch.device | torch.memory_format | torch.layout | None
+"""What a call may hold beside tensors: a constant of its graph."""
+
 Path = tuple[str | int, ...]
 Cut = Mapping[int, Layout]
 """Of a tensor of which this rank holds a part: the dims that are cut. The layout's size is that of the whole."""
@@ -264,6 +267,11 @@ def packed(value: Any) -> Any:
     return pytree.tree_unflatten([pack(x) if is_cache(x) else x for x in leaves], spec)
 
 
+def flattened(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """``pytree.tree_flatten``, with caches of transformers taken apart."""
+    return pytree.tree_flatten(packed(value))
+
+
 def taken_apart(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], Mapping[str, Any], list[Any]]:
@@ -394,12 +402,14 @@ def resident(value: Any) -> frozenset[Any]:
 
 __all__ = [
     "COUNTS",
+    "PLAIN",
     "Changed",
     "Cut",
     "Packed",
     "call",
     "closed",
     "cut_of",
+    "flattened",
     "is_cache",
     "leaves",
     "mark_cut",

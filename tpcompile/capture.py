@@ -26,11 +26,14 @@ from torch.utils._sympy.functions import Mod
 from torch.utils._sympy.printers import PythonPrinter
 
 from tpcompile import caches
+from tpcompile.caches import PLAIN, flattened
 from tpcompile.errors import CaptureError, Where
+from tpcompile.forward_state import warn_of_lost_state
 from tpcompile.inlining import Inliner, Names
 from tpcompile.quantized import refuse_wrapped
 from tpcompile.refused_models import refuse_hooks, refuse_shared_memory
-from tpcompile.tracing import PLAIN, Guard, Trace, flattened, trace, warn_of_lost_state
+from tpcompile.size_branches import Guard
+from tpcompile.tracing import Trace, trace
 
 
 @dataclass(frozen=True)

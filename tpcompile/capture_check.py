@@ -100,7 +100,7 @@ def _sampled_gradients(parameters: Mapping[str, torch.Tensor]) -> Generator[dict
         def hook(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             if gradient is not None:
-                flat = gradient.detach().reshape(-1)
+                flat = (gradient.to_dense() if gradient.is_sparse else gradient.detach()).reshape(-1)
                 found[name] = flat[:: max(1, flat.numel() // SAMPLE)].clone()
             parameter.grad = None
 

@@ -27,10 +27,12 @@ from torch.utils._sympy import functions as torch_sympy
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from tpcompile.caches import flattened
 from tpcompile.capture import Captured, Input, _Slot, shells_of
 from tpcompile.errors import Where
 from tpcompile.inlining import Names
-from tpcompile.tracing import Guard, flattened, source
+from tpcompile.size_branches import Guard
+from tpcompile.source_lines import source
 
 FORMAT = 2
 NAMESPACES = frozenset({"aten", "prims"})

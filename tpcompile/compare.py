@@ -33,6 +33,7 @@ def relative_error(expected: torch.Tensor, got: torch.Tensor, floor: float = 0.0
 
 def gradient_errors(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
     """The relative error of each gradient; one that is missing is infinitely wrong, unless zero was expected."""
+    expected, got = ({n: g.to_dense() if g.is_sparse else g for n, g in x.items()} for x in (expected, got))
     floor = largest(expected.values()) * GRADIENT_FLOOR
     missing = {name: float("inf") if gradient.any() else 0.0 for name, gradient in expected.items() if name not in got}
     return missing | {name: relative_error(expected[name], got[name], floor) for name in expected if name in got}

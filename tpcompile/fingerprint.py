@@ -41,9 +41,8 @@ from torch import nn
 from torch.fx.experimental import _config as symbol_config
 from torch.nn.modules import module as nn_module
 
-from tpcompile.caches import shells
+from tpcompile.caches import PLAIN, flattened, shells
 from tpcompile.capture import _autocast_state
-from tpcompile.tracing import PLAIN, flattened
 
 
 class NotCacheableError(Exception):

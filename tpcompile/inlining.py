@@ -28,7 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tpcompile.effects import drop_dead
 from tpcompile.errors import CaptureError, Where
 from tpcompile.sentence import argument
-from tpcompile.tracing import TRACED, Trace, quiet, source
+from tpcompile.source_lines import source
+from tpcompile.tracing import TRACED, Trace
+from tpcompile.untouched import quiet
 
 _DROPPED = (  # run-time checks and profiler marks; what the checks say of sizes is checked by `Captured.flatten`
     "aten::_assert_tensor_metadata",
@@ -177,15 +179,6 @@ class Inliner:
                     where=next((where for user in placeholder.users if (where := source(user))), None),
                     why="it is made in a way that the tracer does not see, such as x.data",
                     help="use x.detach() in place of x.data",
-                )
-            if tensor.requires_grad:
-                raise CaptureError(
-                    f"{type(self.model).__name__} cannot be captured: its forward uses a tensor that requires a gradient "
-                    "and is no parameter of the model",
-                    where=next((where for user in placeholder.users if (where := source(user))), None),
-                    why="it would be a constant of the graph, and its gradient lost",
-                    help="make it a parameter of a module (self.w = nn.Parameter(...), nn.ParameterList, nn.ModuleList "
-                    "in place of a list), or let it require none",
                 )
             self.constants[name] = tensor
         self._tensors[name] = tensor

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch.utils._sympy.printers import PythonPrinter
 
-from tpcompile.caches import whole_shape
+from tpcompile.caches import flattened, whole_shape
 from tpcompile.capture import Captured, _autocast_state, _same_constant
-from tpcompile.tracing import flattened
 
 Accepts = Callable[[tuple[Any, ...], Mapping[str, Any]], "list[torch.Tensor] | None"]
 """The tensors of a call, in placeholder order; None if the graph is not known to be valid for it."""
