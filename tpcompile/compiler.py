@@ -53,7 +53,7 @@ def rewrite(
         ShardingError: the spec asks for a cut that the graph or the degree does not allow.
     """
     check_degree(degree)
-    asked = Options(**options)
+    asked = Options.of(options)
     args, kwargs = call_arguments(model, example_inputs)
     chosen = choose_spec(model, spec)
     start = time.perf_counter()

@@ -36,6 +36,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tpcompile.errors import CaptureError, TpcompileError, Where
+from tpcompile.source_lines import TORCH
 
 SEED = 0  # every process that loads a MODEL draws the same weights
 
@@ -547,6 +548,7 @@ def _users(text: str, what: str) -> Generator[None]:
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
         own = [frame for frame in frames if not frame.filename.startswith("<") and "importlib" not in frame.filename]
+        own = [frame for frame in own if not frame.filename.startswith(TORCH)] or own
         where = Where(file=_relative(own[-1].filename), line=own[-1].lineno, text=own[-1].line) if own else None
         if isinstance(error, SyntaxError) and error.filename:
             line = (error.text or "").strip() or None

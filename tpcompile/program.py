@@ -6,9 +6,10 @@ is the model's own and the decisions are tables beside it; after ``emit`` the gr
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import sympy
@@ -136,6 +137,21 @@ class Options:
                 why="a layer that runs again in backward would start its sums again and not wait for them",
                 help='pass recompute="attention", or no overlap',
             )
+
+    @staticmethod
+    def of(asked: Mapping[str, Any]) -> Options:
+        """The options of a call, by keyword.
+
+        Raises:
+            TypeError: one of them is unknown.
+        """
+        known = [f.name for f in fields(Options)]
+        for name in asked:
+            if name not in known:
+                near = difflib.get_close_matches(name, ["spec", "degree", "example_inputs", "mesh", *known], n=1)
+                help = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
+                raise TypeError(f"unknown keyword argument {name!r}: {help}")
+        return Options(**asked)
 
 
 DEFAULT = Options()

@@ -179,7 +179,7 @@ def scale(
     chosen = on if isinstance(on, Machine) else machine(on)
     for degree in degrees:
         check_degree(degree)
-    asked, inputs = Options(**options), call_arguments(model, example_inputs)
+    asked, inputs = Options.of(options), call_arguments(model, example_inputs)
     chosen_spec = choose_spec(model, spec)
     captured = capture(model, *inputs)
     points: list[Point] = []
