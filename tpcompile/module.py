@@ -63,7 +63,8 @@ def compile(
     """This rank's module: called, trained and saved like ``model``, with the same signature and outputs.
 
     Collective: every rank of the mesh calls it with the same model (same weights), spec and example inputs; the model
-    itself is left alone, and may be deleted afterwards.
+    itself is left alone, and may be deleted afterwards. It runs the model and its captured graph once on the example
+    inputs, forward and (unless under torch.no_grad) backward, whole and on one device, to compare them.
 
     Args:
         spec: a path to a ``.tpspec``, a :class:`Spec`, or None for the shipped spec of the model's class, or a plan.
