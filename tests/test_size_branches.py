@@ -111,3 +111,13 @@ def test_a_branch_on_the_grad_mode_that_changes_nothing_is_for_both() -> None:
     captured = capture(model, (x,))
     with torch.no_grad():
         assert torch.equal(captured.graph_module(*captured.flatten((x,)))[0], model(x))
+
+
+def test_fast_paths_of_torch_are_no_branches() -> None:
+    """``nn.TransformerEncoderLayer`` asks for the grad mode, and computes the same in either."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    captured = capture(layer, (x,))
+    with torch.no_grad():
+        (found,) = captured.graph_module(*captured.flatten((x,)))
+        assert torch.allclose(found, layer(x), atol=1e-5)

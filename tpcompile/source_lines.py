@@ -128,13 +128,13 @@ def innermost_line() -> types.FrameType | None:
     return fallback
 
 
-def asked_by_model(*through: str) -> bool:
-    """Whether the model's code, or a module of torch.nn, called what calls this, directly or through these files."""
+def asked_by_model(*through: str, modules: bool = True) -> bool:
+    """Whether the model's code (or a module of torch.nn) called what calls this, directly or through these files."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and (frame.f_code.co_filename.startswith(_OWN) or frame.f_code.co_filename in through):
         frame = frame.f_back
     caller = frame.f_code.co_filename if frame is not None else TORCH
-    return not caller.startswith(TORCH) or caller.startswith(os.path.join(TORCH, "nn"))
+    return not caller.startswith(TORCH) or (modules and caller.startswith(os.path.join(TORCH, "nn")))
 
 
 __all__ = [

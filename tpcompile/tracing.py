@@ -138,7 +138,7 @@ def trace(
         {d for d in range(example.dim() if not is_image(example, path, roles) else 2) if (i, d) not in fixed}
         for i, (example, path) in enumerate(zip(examples, paths, strict=True))
     ]
-    memos = Memos()
+    memos = Memos(model)
     asked = [{d for d, role in enumerate(r) if role in ASKED and (i, d) not in fixed} for i, r in enumerate(roles)]
     nothing = [set[int]() for _ in examples]
     static = reason = None

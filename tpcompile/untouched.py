@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import io
 import logging
+import sys
+import types
 import warnings
 from collections.abc import Callable, Generator
 from typing import Any
@@ -102,11 +103,21 @@ def identical(a: dict[Any, Any] | list[Any], b: dict[Any, Any] | list[Any] | Non
 
 
 class Memos:
-    """Functions of the model's code under functools.lru_cache: what a trace puts there is fake, and must go again."""
+    """Functions of the model's code under functools.lru_cache: what a trace puts there is fake, and must go again.
 
-    def __init__(self) -> None:
-        kind = functools._lru_cache_wrapper
-        self._functions = [f for f in gc.get_objects() if type(f) is kind and _root(f) not in _PURE]
+    Those in the namespaces of its classes and of their modules, and of what these import as a module.
+    """
+
+    def __init__(self, model: nn.Module):
+        classes = {cls for module in model.modules() for cls in type(module).__mro__}
+        spaces: list[Any] = [vars(cls) for cls in classes] + [vars(module) for module in model.modules()]
+        files = {cls.__module__ for cls in classes} & sys.modules.keys()
+        modules = {name: sys.modules[name] for name in files}
+        for module in list(modules.values()):
+            modules |= {x.__name__: x for x in vars(module).values() if isinstance(x, types.ModuleType)}
+        spaces += [vars(m) for name, m in modules.items() if name.partition(".")[0] not in _PURE]
+        found = {id(x): x for space in spaces for x in space.values() if type(x) is functools._lru_cache_wrapper}
+        self._functions = [*found.values()]
 
     @contextlib.contextmanager
     def forgotten(self) -> Generator[None]:
@@ -120,11 +131,7 @@ class Memos:
                     function.cache_clear()
 
 
-_PURE = frozenset({"torch", "sympy", "numpy", "networkx", "tpcompile"})  # packages whose functions keep no tensors
-
-
-def _root(function: Any) -> str:
-    return str(getattr(function, "__module__", None)).partition(".")[0]
+_PURE = frozenset({"torch", "sympy", "numpy", "math", "functools"})  # whose functions keep no tensors of a model
 
 
 @contextlib.contextmanager

@@ -92,12 +92,12 @@ def watched(trace: Trace) -> Generator[None]:
             trace.branches.append((sympy.Ne(symbol, size) if size else symbol, True, current_line()))
 
     def recorded_mode() -> bool:
-        if asked_by_model(*_SYMBOLS):
+        if asked_by_model(modules=False):  # (torch's own have fast paths, which compute the same)
             trace.grad_mode = trace.grad_mode or current_line()
         return is_grad_enabled()
 
     def recorded_requires_grad(tensor: torch.Tensor) -> bool:
-        if asked_by_model(*_SYMBOLS):
+        if asked_by_model(modules=False):
             trace.grad_mode = trace.grad_mode or current_line()
         return requires_grad.__get__(tensor)
 
