@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.fx
@@ -78,16 +78,25 @@ def axes(program: Program) -> Program:
     plan: list[_Planned] = []
     cut: set[int] = set()
     considered: set[int] = set()  # what stands beside a cut atom is left whole on purpose (kv heads, a head's inside)
-    beside = _beside(program)
+    beside, places = _beside(program), _places(program)
     refused: list[tuple[Term, ShardingError]] = []
     segmented = [(claim, term, part) for claim, term, _ in wanted for part in segments(term)]
-    for claim, term, part in sorted(segmented, key=lambda item: -len(candidates(item[2]))):
+    summed = {id(a) for _, term, _ in rows for a in atoms(term)}
+
+    def order(item: tuple[Claim, Term, Term]) -> tuple[int, bool]:
+        """Segments that no other line names come last: what that line names is meant for certain."""
+        _, term, part = item
+        return -len(candidates(part)), part is not find(term) and not any(id(a) in summed for a in atoms(part))
+
+    for claim, term, part in sorted(segmented, key=order):
         inside = {id(a) for a in candidates(part)}
         if inside & cut or (inside and inside <= considered):
             continue
         before = 1
         try:
             chosen = _choose(program, claim, part, term)
+            if part is not find(term):
+                _check_no_weight_would_be_cut_twice(places, chosen, cut, claim)
         except ShardingError as error:
             refused.append((term, error))
             continue
@@ -118,6 +127,35 @@ def _beside(program: Program) -> dict[int, set[int]]:
         for atom in inside:
             found.setdefault(atom, set()).update(inside)
     return found
+
+
+def _places(program: Program) -> dict[int, set[tuple[str, int]]]:
+    """Of every atom the parameters and their dims in which it is."""
+    assert program.structure is not None
+    found: dict[int, set[tuple[str, int]]] = {}
+    for name, dims in program.structure.parameters.items():
+        for dim, term in enumerate(dims):
+            for atom in atoms(term):
+                found.setdefault(id(atom), set()).add((name, dim))
+    return found
+
+
+def _check_no_weight_would_be_cut_twice(
+    places: Mapping[int, set[tuple[str, int]]],
+    chosen: list[tuple[tuple[Atom, ...], int]],
+    cut: set[int],
+    claim: Claim,
+) -> None:
+    """A segment of a packed weight stays whole where the index of another one is cut in a weight that has both."""
+    taken = {place for atom in cut for place in places.get(atom, ())}
+    for name, dim in (place for together, _ in chosen for atom in together for place in places.get(id(atom), ())):
+        if any(other == name and d != dim for other, d in taken):
+            raise ShardingError(
+                f"{claim.parameter} cannot be cut `{claim.word}` as a whole: two dims of {name} would be cut",
+                where=claim.line.where,
+                why="two segments of the axis are the two dims of one weight",
+                help=f"say `replicate` for {name}",
+            )
 
 
 def _check_every_line_names_a_weight(program: Program) -> None:

@@ -75,3 +75,27 @@ def test_either_line_cuts_the_same_channels(line: str) -> None:
         "up.weight", "up.bias", "each.weight", "each.bias", "down.weight",
     }  # fmt: skip
     assert verify_program(program, model, inputs).ok
+
+
+class Modulated(nn.Module):
+    """As in FocalNet: a weight whose two dims are two segments of a packed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.context, self.out = nn.Linear(6, 16), nn.Linear(8, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, context = self.into(x).chunk(2, -1)
+        return self.out(query * self.context(F.gelu(context)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "cut_dim"), [("into column\nout row", 0), ("into column\ncontext row", 1), (None, 1)], ids=str
+)
+def test_a_segment_stays_whole_where_a_weight_would_be_cut_along_both_dims(spec: str | None, cut_dim: int) -> None:
+    torch.manual_seed(0)
+    model, inputs = Modulated(), (torch.randn(2, 5, 6),)
+    program = rewrite(model, None if spec is None else Spec.parse(spec), degree=2, example_inputs=inputs)
+    assert [bool(axes_of(dim)) for dim in program.parameters["context.weight"]] == [cut_dim == 0, cut_dim == 1]
+    report = verify_program(program, model, inputs)
+    assert report.ok, report.mismatch
