@@ -82,9 +82,7 @@ class Captured:
     hints: dict[sympy.Symbol, int]
     training: bool
     autocast: tuple[tuple[str, torch.dtype], ...]  # (device type, dtype) of the autocast modes that were on
-    grad_mode: (
-        Where | None
-    )  # where forward asks whether gradients are recorded; the graph is for calls in which they are
+    grad_mode: Where | None  # where forward asks whether gradients are recorded: the graph is for calls with them
     _slots: tuple[_Slot, ...]
     _signature: inspect.Signature
     _dims: dict[sympy.Symbol, tuple[int, int]]  # symbol -> (input, dim) that defines it

@@ -150,28 +150,24 @@ def trace(
         raise
     except Exception as error:  # noqa: BLE001  (whatever torch or the model raises)
         reason = raised_at(error)
-        static = _traced_or_explained(model, examples, nothing, roles, rebuild, memos)
+        with _in_users_words(model):
+            static = _traced(model, examples, nothing, roles, rebuild, memos)
     for tensors, dims in ((stretched, asked), (examples, every)):
         with contextlib.suppress(Exception):
             found = _traced(model, tensors, dims, roles, rebuild, memos)
             if found.covers(examples):
                 found.asked, found.fallback = asked, reason
                 return found
-    found = static or _traced_or_explained(model, examples, nothing, roles, rebuild, memos)
+    with _in_users_words(model):
+        found = static or _traced(model, examples, nothing, roles, rebuild, memos)
     found.asked, found.fallback = asked, reason
     return found
 
 
-def _traced_or_explained(
-    model: nn.Module,
-    examples: list[torch.Tensor],
-    dynamic: list[set[int]],
-    roles: list[list[Role]],
-    rebuild: Rebuild,
-    memos: Memos,
-) -> Trace:
+@contextlib.contextmanager
+def _in_users_words(model: nn.Module) -> Generator[None]:
     try:
-        return _traced(model, examples, dynamic, roles, rebuild, memos)
+        yield
     except CaptureError:
         raise
     except Exception as error:
@@ -219,9 +215,8 @@ def _traced(
         with_gradients, without = (calls_of(model, examples, rebuild, trace, grad=g) for g in (True, False))
         if same_calls(with_gradients, without, 0):
             trace.grad_mode = None
-    known = trace.dims().keys()
-    sizes = (Guard(guard.expr, location_of(guard.sloc)) for guard in env.guards if guard.expr.free_symbols <= known)
-    trace.guards = tuple({guard.condition: guard for guard in (*branch_guards(model, trace, rebuild), *sizes)}.values())
+    every = (*branch_guards(model, trace, rebuild), *trace.conditions())
+    trace.guards = tuple({guard.condition: guard for guard in every}.values())
     return trace
 
 
