@@ -72,7 +72,7 @@ def rank(directory: str, load: bool) -> dict[str, Any]:
     transformers.models.llama.modeling_llama.LlamaForCausalLM  # noqa: B018 - imported now
     base = resident("VmRSS")
     if not load:
-        from tpcompile.models import without_weights
+        from tpcompile.huggingface import without_weights
 
         size = torch.distributed.get_world_size()
         tpcompile.rewrite(without_weights(Path(directory), None, torch.float32), degree=size)

@@ -342,7 +342,7 @@ def records(kind: str, class_name: str, mode: str, degrees: Iterable[int]) -> It
     """The rows of one class, one a degree."""
     import torch
 
-    from tpcompile import models
+    from tpcompile import example_inputs, huggingface
 
     blank = Record(kind, class_name, min(degrees), mode, "not built")
     start = time.perf_counter()
@@ -351,15 +351,15 @@ def records(kind: str, class_name: str, mode: str, degrees: Iterable[int]) -> It
         transformers = importlib.import_module("transformers")
         config = shrunk(transformers.CONFIG_MAPPING[kind])
         stage = "class"
-        cls = models.usual_class(config, kind, class_name)
+        cls = huggingface.usual_class(config, kind, class_name)
         stage = "build"
-        model = models.build(config, cls)
+        model = huggingface.build(config, cls)
         if mode == "eager":
             model.set_attn_implementation("eager")
             if model.config._attn_implementation != "eager":
                 raise TypeError("its attention cannot be set")
         stage = "inputs"
-        args, kwargs = models.default_inputs(model)
+        args, kwargs = example_inputs.default_inputs(model)
         model.train(mode == "train")
         stage = "call"
         with torch.no_grad():
@@ -590,14 +590,14 @@ def catalogue() -> dict[str, list[str]]:
 
 
 def _catalogue(send: Any) -> None:
-    from tpcompile import models
+    from tpcompile import huggingface
 
     transformers = importlib.import_module("transformers")
     found: dict[str, list[str]] = {}
     for kind, config_class in transformers.CONFIG_MAPPING.items():
-        names = [cls.__name__ for cls in models.classes(config_class)]
+        names = [cls.__name__ for cls in huggingface.classes(config_class)]
         try:
-            names.insert(0, models.usual_class(config_class(), kind).__name__)
+            names.insert(0, huggingface.usual_class(config_class(), kind).__name__)
         except Exception:  # noqa: BLE001  (no class in the library's tables, or a package that is not installed)
             names = names or ["(none)"]
         found[kind] = list(dict.fromkeys(names))

@@ -16,12 +16,13 @@ import torch.fx
 
 from tpcompile import collectives
 from tpcompile.aliasing import is_inplace, may_share
-from tpcompile.collectives import run_length, transition_of
+from tpcompile.collectives import transition_of
 from tpcompile.effects import drop_dead
 from tpcompile.layout import Mesh
 from tpcompile.localize import known_part, per_rank
 from tpcompile.patterns import Match, Pattern, leaf, rewrite
 from tpcompile.program import Program, copy_graph
+from tpcompile.runs import Parts, run_length
 
 aten = torch.ops.aten
 _attention = aten.scaled_dot_product_attention.default
@@ -244,7 +245,7 @@ def _repeated(x: Any, sizes: Sequence[Any], shape: Sequence[Any]) -> Any:
     return aten.reshape.default(aten.expand.default(aten.unsqueeze.default(x, 2), sizes), shape)
 
 
-def _part(size: Sequence[Any], dim: int, parts: collectives.Parts) -> list[Any]:
+def _part(size: Sequence[Any], dim: int, parts: Parts) -> list[Any]:
     """``size`` with the part that a rank holds of ``dim``."""
     return [per_rank(list(map(run_length, parts))) if d == dim else n for d, n in enumerate(size)]
 

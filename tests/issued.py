@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpcompile.collectives import sent_bytes
+from tpcompile.transitions import sent_bytes
 
 Sent = Counter[tuple[str, str, int]]  # kind, direction, bytes that a rank sends -> how often
 

@@ -22,9 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from transition_oracle import Case, Outcome, cases, failures
 
 from tpcompile import collectives
-from tpcompile.collectives import TRANSITIONS, Parts, balanced, check_parts, messages, sent_bytes, transition_of
+from tpcompile.collectives import transition_of
 from tpcompile.errors import TpcompileError
+from tpcompile.runs import Parts, balanced, check_parts
 from tpcompile.simulate import Simulation
+from tpcompile.transitions import TRANSITIONS, messages, sent_bytes
 
 # The table and its arithmetic.
 
@@ -42,7 +44,7 @@ def test_the_table_is_closed_under_adjoints() -> None:
 def test_a_transition_is_found_by_its_function() -> None:
     for name, row in TRANSITIONS.items():
         assert transition_of(getattr(collectives, name)) is row
-    assert transition_of(collectives.join) is None
+    assert transition_of(collectives.apply) is None
     assert transition_of(torch.add) is None
     assert transition_of("copy") is None
 

@@ -20,10 +20,10 @@ from torch.autograd.graph import saved_tensors_hooks
 import tpcompile
 from tpcompile import Spec, collectives, kernels
 from tpcompile import cross_entropy_sums as file
-from tpcompile.collectives import Runs
 from tpcompile.cross_entropy_sums import cross_entropy_sums, sum_together
 from tpcompile.module import bind
 from tpcompile.program import Program
+from tpcompile.runs import Runs
 
 aten = torch.ops.aten
 TOTAL = 11

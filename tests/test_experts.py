@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import tpcompile
-from tpcompile import kernels, models
+from tpcompile import example_inputs, huggingface, kernels
 from tpcompile.errors import ShardingError
 from tpcompile.spec import Spec
 
@@ -42,12 +42,12 @@ def mixture(name: str) -> nn.Module:
             config = configs.GptOssConfig(
                 **SIZES, num_local_experts=4, head_dim=8, layer_types=["full_attention"], pad_token_id=0
             )
-    return models.build(config)
+    return huggingface.build(config)
 
 
 def verified(name: str, spec: str, degree: int) -> tpcompile.Report:
     model = mixture(name)
-    args, kwargs = models.default_inputs(model)
+    args, kwargs = example_inputs.default_inputs(model)
     return tpcompile.verify(model, Spec.parse(spec), degree=degree, example_inputs=kwargs or args)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tpcompile
-from tpcompile import checkpoint_files, checkpoint_sources, models, pretrained, shards
+from tpcompile import checkpoint_files, checkpoint_sources, huggingface, pretrained, shards
 from tpcompile.checkpoint_files import Checkpoint, spans
 from tpcompile.compare import backward, gradient_errors, relative_error
 from tpcompile.compiler import rewrite
@@ -42,7 +42,7 @@ Cut = Callable[[nn.Module, Path], None]
 
 def saved(name: str, directory: Path, dtype: torch.dtype = torch.float64, **options: Any) -> Path:
     """A model with random weights as save_pretrained leaves it."""
-    model: Any = models.build(CONFIGS[name](), dtype=dtype)
+    model: Any = huggingface.build(CONFIGS[name](), dtype=dtype)
     model.save_pretrained(directory, **options)
     return directory
 
@@ -59,7 +59,7 @@ def parts(directory: Path, degree: int, dtype: torch.dtype | None = None) -> flo
     wanted = {**dict(oracle.named_parameters()), **dict(oracle.named_buffers())}
     worst = 0.0
     with Checkpoint(directory) as files:
-        model = models.without_weights(directory, dtype, torch.float32)
+        model = huggingface.without_weights(directory, dtype, torch.float32)
         assert all(p.is_meta for p in model.parameters())
         sources = pretrained.sources_of(model, files, directory)
         pretrained._fill_buffers(model, files, sources)
@@ -110,9 +110,9 @@ def test_a_wrong_slice_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_rank_reads_its_parts_and_no_more(tmp_path: Path) -> None:
     config = configs.LlamaConfig(**{**LLAMA, "hidden_size": 192, "intermediate_size": 520, "vocab_size": 1001})
-    model: Any = models.build(config, dtype=torch.float32)
+    model: Any = huggingface.build(config, dtype=torch.float32)
     model.save_pretrained(tmp_path)
-    model = models.without_weights(tmp_path, None, torch.float32)
+    model = huggingface.without_weights(tmp_path, None, torch.float32)
     program = rewrite(model, degree=3)
     for rank in range(3):
         with Checkpoint(tmp_path) as files:
@@ -216,7 +216,7 @@ def changed(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
 
 def read_all(directory: Path) -> None:
     with Checkpoint(directory) as files:
-        model = models.without_weights(directory, None, torch.float32)
+        model = huggingface.without_weights(directory, None, torch.float32)
         sources = pretrained.sources_of(model, files, directory)
         program = rewrite(model, degree=2)
         list(map(pretrained.reader(files, sources, program, 1), program.captured.parameters))
@@ -329,12 +329,12 @@ def test_experts_that_are_stored_one_by_one(kind: str, tmp_path: Path, monkeypat
     config = getattr(configs, f"{kind}Config")(
         **{**LLAMA, **sizes}, num_local_experts=5, num_experts=5, num_experts_per_tok=2
     )
-    models.build(config, dtype=torch.float32).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    huggingface.build(config, dtype=torch.float32).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
     stored = load_file(tmp_path / "model.safetensors")
     assert sum(".experts." in name for name in stored) == 2 * 5 * 3
     assert parts(tmp_path, 3, torch.bfloat16) == 0.0
     with Checkpoint(tmp_path) as files:
-        sources = pretrained.sources_of(models.without_weights(tmp_path, None, torch.float32), files, tmp_path)
+        sources = pretrained.sources_of(huggingface.without_weights(tmp_path, None, torch.float32), files, tmp_path)
         (name,) = (n for n in sources if n.endswith("layers.1.mlp.experts.gate_up_proj"))
         rows = [sources[name][0].shape[1] // 2]
         held = (((1, 2), (4, 1)), ((rows[0] - 3, 5),), ((7, 4),))
@@ -366,13 +366,13 @@ def test_what_transformers_computes_is_refused(tmp_path: Path) -> None:
 def test_tensors_without_a_place_are_warned_of(gpt2: Path) -> None:
     changed(gpt2, lambda x: x.update({"score.weight": torch.zeros(2, 48)}))
     with Checkpoint(gpt2) as files:
-        model = models.without_weights(gpt2, None, torch.float32)
+        model = huggingface.without_weights(gpt2, None, torch.float32)
         sources = pretrained.sources_of(model, files, gpt2)
         with pytest.warns(UserWarning, match=r"no place for score\.weight \(model\.safetensors\)"):
             pretrained.warn_of_unused(pretrained.Opened(gpt2, model, files, sources))
     changed(gpt2, lambda x: x.pop("score.weight"))
     with Checkpoint(gpt2) as files, warnings.catch_warnings():
-        model = models.without_weights(gpt2, None, torch.float32)
+        model = huggingface.without_weights(gpt2, None, torch.float32)
         sources = pretrained.sources_of(model, files, gpt2)
         pretrained.warn_of_unused(pretrained.Opened(gpt2, model, files, sources))
 

@@ -16,7 +16,7 @@ from distributed import run
 from torch import nn
 
 import tpcompile
-from tpcompile import checkpoint_files, gguf_files, models, pretrained, shards
+from tpcompile import checkpoint_files, gguf_files, huggingface, pretrained, shards
 from tpcompile.compiler import rewrite
 from tpcompile.errors import TpcompileError
 from tpcompile.layout import axes_of
@@ -36,7 +36,7 @@ def llama(path: Path) -> Path:
         num_hidden_layers=1, hidden_size=96, intermediate_size=160, vocab_size=131, num_attention_heads=6,
         num_key_value_heads=3, max_position_embeddings=64, tie_word_embeddings=False,
     )  # fmt: skip
-    model = models.build(config, dtype=torch.float32)
+    model = huggingface.build(config, dtype=torch.float32)
     writer: Any = gguf.GGUFWriter(path, "llama")
     for key, value in {
         "context_length": 64, "embedding_length": 96, "block_count": 1, "feed_forward_length": 160, "vocab_size": 131,
@@ -63,7 +63,7 @@ def llama(path: Path) -> Path:
 def gpt2(path: Path) -> Path:
     """Its Conv1D weights are transposed in the file; biases, packed q, k and v, and a head of its own."""
     config = configs.GPT2Config(n_layer=1, n_embd=64, n_head=4, vocab_size=96, tie_word_embeddings=False)
-    model = models.build(config, dtype=torch.float32)
+    model = huggingface.build(config, dtype=torch.float32)
     writer: Any = gguf.GGUFWriter(path, "gpt2")
     writer.add_token_list([f"t{n}" for n in range(96)])
     for key, value in {"context_length": 1024, "embedding_length": 64, "block_count": 1}.items():
@@ -87,7 +87,7 @@ def gpt2(path: Path) -> Path:
 def loaded(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The oracle: transformers' own from_pretrained."""
     config = configs.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    cls = models.usual_class(config, "")
+    cls = huggingface.usual_class(config, "")
     return cls.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype or "auto")
 
 

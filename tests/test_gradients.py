@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import tpcompile
 from tpcompile import shards
-from tpcompile.collectives import pick
 from tpcompile.errors import TpcompileError
 from tpcompile.gradients import counted
 from tpcompile.layout import Layout, Leaf, Mesh, concat, product, size, whole_segments
 from tpcompile.program import Program
+from tpcompile.runs import pick
 
 TP = (0,)
 LAYOUTS: Mapping[str, tuple[Mesh, tuple[Layout, ...]]] = {

@@ -20,6 +20,7 @@ from tpcompile.passes import PIPELINE
 from tpcompile.passes.in_place import FRESH, OWN_GRADIENT, SAME_MEMORY, in_place
 from tpcompile.passes.parameter_copies import parameter_copies
 from tpcompile.passes.tidy import tidy
+from tpcompile.primitives import PRIMITIVES
 from tpcompile.program import Pass, Program
 
 aten = torch.ops.aten
@@ -251,7 +252,7 @@ def programs(name: str, training: bool) -> tuple[zoo.Case, list[Program]]:
 def step(case: zoo.Case, program: Program) -> tuple[list[Tensor | None], int]:
     """Outputs, and sums of gradients, of two steps on this rank, and how many all-reduces were in place."""
     count = 0
-    real = collectives.PRIMITIVES["all_reduce"]
+    real = PRIMITIVES["all_reduce"]
 
     def counting(x: Tensor, *args: Any) -> Tensor:
         nonlocal count
@@ -259,7 +260,7 @@ def step(case: zoo.Case, program: Program) -> tuple[list[Tensor | None], int]:
         count += y is x
         return y
 
-    table: Any = collectives.PRIMITIVES
+    table: Any = PRIMITIVES
     table["all_reduce"] = counting
     together, layers.call_together = layers.call_together, lambda graph: None  # which owns its gradient
     try:

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tpcompile import checkpoint_files, cli, loading, models
+from tpcompile import checkpoint_files, cli, huggingface, loading
 
 configs: Any = transformers
 
@@ -24,7 +24,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = configs.GPT2Config(
         n_layer=1, n_embd=48, n_head=6, vocab_size=131, n_positions=64, bos_token_id=1, eos_token_id=2
     )
-    model: Any = models.build(config, dtype=torch.float32)
+    model: Any = huggingface.build(config, dtype=torch.float32)
     model.save_pretrained(directory)
     return directory
 

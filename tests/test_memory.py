@@ -20,7 +20,7 @@ from tpcompile import cli, shards, simulate
 from tpcompile.activations import Kept, Saved, memory, resized
 from tpcompile.compiler import rewrite
 from tpcompile.errors import TpcompileError
-from tpcompile.models import default_inputs
+from tpcompile.example_inputs import default_inputs
 from tpcompile.program import Program, copy_graph
 from tpcompile.simulate import Simulation
 from tpcompile.spec import Spec

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from tpcompile import models
+from tpcompile import huggingface
 from tpcompile.capture import capture
 from tpcompile.errors import TpcompileError
-from tpcompile.models import Loaded, default_inputs, load
+from tpcompile.example_inputs import default_inputs
+from tpcompile.models import Loaded, load
 
 TINY = "n_layer=1,n_embd=32,n_head=4,vocab_size=64,n_positions=16"
 
@@ -250,8 +251,8 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(models.importlib, "import_module", missing)
-    monkeypatch.setattr(models, "_installed", lambda package: False)
+    monkeypatch.setattr(huggingface.importlib, "import_module", missing)
+    monkeypatch.setattr(huggingface, "_installed", lambda package: False)
     assert said("hf:gpt2") == [
         "a model hf:... needs the transformers package",
         "  why:  No module named 'transformers'",

@@ -19,7 +19,7 @@ import zoo
 from mutants import Mutant, mutants
 from rule_samples import call, ints, real, samples_of
 
-from tpcompile.collectives import STATISTICS, TRANSITIONS, transition_of
+from tpcompile.collectives import transition_of
 from tpcompile.equivalence import Report, verify_program
 from tpcompile.layout import Mesh
 from tpcompile.per_rank import PerRank
@@ -28,6 +28,7 @@ from tpcompile.program import Program, copy_graph
 from tpcompile.rule_truth import Case, Sample, _options, assignments, check  # pyright: ignore[reportPrivateUsage]
 from tpcompile.rules import ROWS, Rule
 from tpcompile.sentence import Linear, Sentence
+from tpcompile.transitions import STATISTICS, TRANSITIONS
 
 LEAST = 0.99
 T = TypeVar("T")

@@ -11,12 +11,12 @@ import torch.fx
 from pattern_truth import Given, failures
 
 from tpcompile import collectives
-from tpcompile.collectives import balanced
 from tpcompile.layout import Leaf, Mesh
 from tpcompile.patterns import Match, Pattern, explain, leaf, match, rewrite, write
 from tpcompile.per_rank import PerRank
 from tpcompile.placement import Placement
 from tpcompile.program import Program
+from tpcompile.runs import balanced
 
 aten = torch.ops.aten
 all_gather, all_reduce, copy, cut, gather, leave, once, reduce_scatter, scatter = (

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from zoo import GPT, GPTSizes, _transformers
 
 import tpcompile
-from tpcompile import models, planner, report
+from tpcompile import huggingface, planner, report
 from tpcompile.capture import Captured, capture
 from tpcompile.cli import app
 from tpcompile.compiler import choose_spec, rewrite_captured
@@ -190,7 +190,7 @@ REAL_WIDTHS: Mapping[str, Mapping[str, Any]] = {
 def test_models_are_cut_at_their_real_widths(kind: str) -> None:
     config = transformers.CONFIG_MAPPING[kind](**REAL_WIDTHS[kind])
     with torch.device("meta"):
-        model = models.usual_class(config, kind)(config).eval()
+        model = huggingface.usual_class(config, kind)(config).eval()
     program = tpcompile.rewrite(model, degree=2)
     assert max(report.held(program)) < 0.6
 

@@ -12,7 +12,7 @@ from distributed import run
 from torch import Tensor, nn
 
 import tpcompile
-from tpcompile import models
+from tpcompile import huggingface
 from tpcompile.errors import CaptureError, ShardingError
 from tpcompile.layout import axes_of
 from tpcompile.spec import Spec
@@ -80,7 +80,7 @@ def quantized(model: nn.Module, unwrap: bool = True) -> Any:
 
 def llama() -> nn.Module:
     configs: Any = transformers
-    return models.build(
+    return huggingface.build(
         configs.LlamaConfig(
             hidden_size=48, intermediate_size=76, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
             vocab_size=131, tie_word_embeddings=False,

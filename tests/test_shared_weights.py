@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import tpcompile
-from tpcompile import models
+from tpcompile import example_inputs, huggingface
 from tpcompile.errors import SpecError
 from tpcompile.spec import Spec
 
@@ -20,8 +20,8 @@ def test_layers_that_share_their_weights(degree: int) -> None:
     """ALBERT: every layer is the same one."""
     sizes: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 36, "vocab_size": 96}
     configs: Any = transformers
-    model = models.build(configs.AlbertConfig(**sizes, embedding_size=12, num_hidden_layers=3))
-    args, kwargs = models.default_inputs(model)
+    model = huggingface.build(configs.AlbertConfig(**sizes, embedding_size=12, num_hidden_layers=3))
+    args, kwargs = example_inputs.default_inputs(model)
     report = tpcompile.verify(model, tpcompile.plan(model, degree, kwargs or args), degree=degree,
                               example_inputs=kwargs or args)  # fmt: skip
     assert report.ok, report.mismatch

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from transition_oracle import Case, Outcome, cases, failures, partitions, take
 
 from tpcompile import collectives
-from tpcompile.collectives import TRANSITIONS, messages
 from tpcompile.per_rank import PerRank, resolve
 from tpcompile.simulate import PRIMITIVES, Recorder, Simulation
+from tpcompile.transitions import TRANSITIONS, messages
 
 aten = torch.ops.aten
 

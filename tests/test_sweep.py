@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import sweep_models as sweep
 from benchmarks.sweep_models import Case, Record
-from tpcompile import compiler, models
+from tpcompile import compiler, example_inputs, huggingface
 from tpcompile.collectives import transition_of
 from tpcompile.errors import ShardingError, TpcompileError, Where
 
@@ -47,7 +47,7 @@ def test_a_small_config_makes_a_small_model(kind: str) -> None:
     config_class = transformers.CONFIG_MAPPING[kind]
     sizes = {}
     for name, config in (("small", sweep.shrunk(config_class)), ("default", config_class())):
-        model = models.build(config, weights=False)
+        model = huggingface.build(config, weights=False)
         sizes[name] = sum(p.numel() for p in model.parameters())
     assert sizes["small"] < SMALL < sizes["default"]
 
@@ -62,8 +62,8 @@ def test_a_small_config_makes_a_small_model(kind: str) -> None:
     ],
 )
 def test_default_inputs_are_what_a_model_runs_on(kind: str, needed: set[str]) -> None:
-    model = models.build(sweep.shrunk(transformers.CONFIG_MAPPING[kind]))
-    args, kwargs = models.default_inputs(model)
+    model = huggingface.build(sweep.shrunk(transformers.CONFIG_MAPPING[kind]))
+    args, kwargs = example_inputs.default_inputs(model)
     tensors = {name for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
     assert (args, tensors) == ((), needed)
     model(**kwargs)
@@ -191,4 +191,4 @@ def test_reasons_that_differ_in_names_and_numbers_are_one() -> None:
 
 def test_an_unknown_class_is_an_error_of_the_library() -> None:
     with pytest.raises(TpcompileError, match="NoSuchModel"):
-        models.usual_class(transformers.CONFIG_MAPPING["llama"](), "llama", "NoSuchModel")
+        huggingface.usual_class(transformers.CONFIG_MAPPING["llama"](), "llama", "NoSuchModel")

@@ -12,7 +12,6 @@ import zoo
 from goldens import Golden
 from pattern_truth import Given, failures
 
-from tpcompile.collectives import Parts, balanced
 from tpcompile.compiler import rewrite_captured
 from tpcompile.equivalence import verify_program
 from tpcompile.layout import Leaf
@@ -22,6 +21,7 @@ from tpcompile.patterns import Pattern, explain, write
 from tpcompile.placement import Placement
 from tpcompile.program import Pass, Program
 from tpcompile.rules import op_name
+from tpcompile.runs import Parts, balanced
 
 aten = torch.ops.aten
 BY_NAME = {pattern.name: pattern for pattern in PATTERNS}

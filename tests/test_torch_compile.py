@@ -27,13 +27,13 @@ from torch._inductor import config as inductor
 from torch.utils import _pytree as pytree
 
 import tpcompile
-from tpcompile.collectives import sent_bytes
 from tpcompile.compare import backward, gradient_errors, relative_error
 from tpcompile.errors import CaptureError
 from tpcompile.layers import Layer
 from tpcompile.module import TensorParallel
 from tpcompile.spec import Spec
 from tpcompile.traced_calls import accepts
+from tpcompile.transitions import sent_bytes
 
 # Dynamo looks at the .grad of whatever a region is given.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

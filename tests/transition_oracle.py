@@ -15,7 +15,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tpcompile.collectives import TRANSITIONS, Parts, Runs, Where, balanced
+from tpcompile.runs import Parts, Runs, Where, balanced
+from tpcompile.transitions import TRANSITIONS
 
 DUAL = {"R": "R", "S": "S", "H": "P", "P": "H"}
 CUTS = ("gather", "all_gather", "scatter", "cut", "reduce_scatter")

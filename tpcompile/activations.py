@@ -23,8 +23,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from tpcompile import collectives, shards
-from tpcompile.collectives import Transition
 from tpcompile.errors import TpcompileError
+from tpcompile.groups import seated
 from tpcompile.layers import repeated_layers
 from tpcompile.layout import Layout, Mesh, Owned, axes_of, local_size, runs, size
 from tpcompile.module import bind
@@ -33,6 +33,7 @@ from tpcompile.program import Program, where
 from tpcompile.recomputation import Region
 from tpcompile.rules import op_name
 from tpcompile.simulate import Run, Simulation
+from tpcompile.transitions import Transition
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ def _fake(program: Program, rank: int) -> Generator[tuple[torch.fx.GraphModule, 
     seats = {n: next((g.index(rank), len(g)) for g in found if rank in g) for n, found in groups.items()}
     graph_module = torch.fx.GraphModule(program.graph_module, bind(program, rank, {name: name for name in groups}))
     attributes: dict[str, torch.Tensor] = {}
-    with FakeTensorMode(), collectives.seated(seats):
+    with FakeTensorMode(), seated(seats):
         for node in graph_module.graph.find_nodes(op="get_attr"):
             name, value = str(node.target), node.meta["val"]
             parameter = program.captured.parameters.get(name)

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from tpcompile.collectives import group_device, resolve_group
 from tpcompile.errors import TpcompileError
+from tpcompile.groups import group_device, resolve_group
 from tpcompile.launch import launch
 
 LONGEST = 24 * 3600.0  # seconds that ranks wait for a prompt
@@ -105,7 +105,7 @@ def _serve(model: str, spec: str | None, port: int) -> None:
     """The life of one rank: compile, then answer until told to end."""
     with contextlib.redirect_stdout(sys.stderr):
         start = time.perf_counter()
-        from tpcompile.models import tokenizer
+        from tpcompile.huggingface import tokenizer
 
         store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
         words: Any = tokenizer(model)

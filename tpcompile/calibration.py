@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from tpcompile.collectives import group_device, resolve_group
+from tpcompile.groups import group_device, resolve_group
 from tpcompile.launch import launch
 from tpcompile.links import Device, Level, Machine
 

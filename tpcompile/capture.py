@@ -371,12 +371,13 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     """``model`` as one graph, traced with the example inputs ``args`` and ``kwargs`` (only their shapes are used).
 
     The graph has the training or eval behaviour, dtypes and autocast state of this moment; casts of autocast are part
-    of it, so it must run with autocast off. Without example inputs, those of `tpcompile.models.default_inputs` are
-    used. The model is left as it was. Raises `CaptureError`, with the model's own source line where there is one.
+    of it, so it must run with autocast off. Without example inputs, those of
+    `tpcompile.example_inputs.default_inputs` are used. The model is left as it was. Raises
+    `CaptureError`, with the model's own source line where there is one.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     if not args and not kwargs and _takes_inputs(model):
-        from tpcompile.models import default_inputs
+        from tpcompile.example_inputs import default_inputs
 
         args, kwargs = default_inputs(model)
     refuse_hooks(model)

@@ -18,7 +18,10 @@ import torch.fx
 from torch import Tensor
 
 from tpcompile import collectives
-from tpcompile.collectives import TRANSITIONS, Transition, Where
+from tpcompile.onlookers import is_eager
+from tpcompile.primitives import PRIMITIVES
+from tpcompile.runs import Where
+from tpcompile.transitions import TRANSITIONS, Transition
 
 aten = torch.ops.aten
 _linear: Any = getattr(getattr(torch, "_C"), "_nn").linear  # noqa: B009 - where torch.nn.functional has it from
@@ -48,7 +51,7 @@ def column_products(
         weights: of each product the weight, then of each the bias (or None).
     """
     row = TRANSITIONS[transition]
-    if torch.is_grad_enabled() and x.requires_grad and collectives.is_eager(x, *weights):
+    if torch.is_grad_enabled() and x.requires_grad and is_eager(x, *weights):
         return cast("tuple[Tensor, ...]", _Products.apply(x, (row, dim, where, group, kinds), *weights))
     return _multiplied(collectives.apply(x, row.forward, row.backward, dim, where, group), kinds, weights)
 
@@ -71,7 +74,7 @@ class _Products(torch.autograd.Function):
         ctx: Any, x: Tensor, call: tuple[Transition, int, Where, str, Sequence[str]], *weights: Tensor | None
     ) -> tuple[Tensor, ...]:
         row, dim, where, group, kinds = ctx.call = call
-        y = x if row.forward == "identity" else collectives.PRIMITIVES[row.forward](x, dim, where, group, False)
+        y = x if row.forward == "identity" else PRIMITIVES[row.forward](x, dim, where, group, False)
         ctx.biases = [None if bias is None else bias.shape for bias in weights[len(kinds) :]]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, *weights[: len(kinds)])

@@ -16,8 +16,8 @@ from tpcompile.caches import Cut, cut_of
 from tpcompile.capture import Captured
 from tpcompile.compile_cache import cached_capture
 from tpcompile.errors import CaptureError, ShardingError, SpecError
+from tpcompile.example_inputs import default_inputs
 from tpcompile.first_passes import FIRST, first_passes
-from tpcompile.models import default_inputs
 from tpcompile.passes import PIPELINE
 from tpcompile.program import DEFAULT, Asked, Options, Pass, Program, Stage
 from tpcompile.report import sizes_at

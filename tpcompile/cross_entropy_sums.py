@@ -15,8 +15,9 @@ import torch.fx
 from torch import Tensor
 
 from tpcompile import collectives, kernels
-from tpcompile.collectives import Runs
 from tpcompile.effects import has_effect
+from tpcompile.onlookers import is_eager
+from tpcompile.runs import Runs
 
 aten = torch.ops.aten
 
@@ -38,7 +39,7 @@ def cross_entropy_sums(
     Raises:
         IndexError: see :func:`tpcompile.kernels.gather_part`.
     """
-    if collectives.is_eager(x, largest, index):
+    if is_eager(x, largest, index):
         return cast("tuple[Tensor, ...]", _Sums.apply(x, largest, index, (dim, keepdim, held, total)))
     shifted = x - largest
     return shifted.exp().sum([dim], keepdim), kernels.gather_part(shifted, dim, index, held, total)

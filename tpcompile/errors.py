@@ -6,6 +6,9 @@ instead. ``ValueError`` and ``AssertionError`` raised inside tpcompile mean a de
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 
@@ -75,3 +78,21 @@ class ShardingError(TpcompileError):
 
 class RuntimeMismatchError(TpcompileError):
     """Ranks that should run the same program do not: different models, specs, inputs or seeds."""
+
+
+@contextlib.contextmanager
+def reported(what: str) -> Generator[None]:
+    """Whatever a library raises, as one TpcompileError that says ``what``, and why in the library's words."""
+    try:
+        yield
+    except TpcompileError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise TpcompileError(what, why=f"{type(error).__name__}: {said[:300]}") from error
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """The question for the up to three known words nearest to ``word``; None if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=3)
+    return f"did you mean {' or '.join(close)}?" if close else None

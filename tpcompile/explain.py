@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import networkx as nx
 import torch.fx
 
 from tpcompile import shards
-from tpcompile.errors import ShardingError
+from tpcompile.errors import ShardingError, did_you_mean
 from tpcompile.layout import axes_of
 from tpcompile.program import Cut, Program, where
 from tpcompile.rules import op_name
@@ -39,11 +38,10 @@ def _parameters(program: Program, name: str) -> list[str]:
     if below:
         return below
     known = [*captured.parameters, *captured.module_classes]
-    near = difflib.get_close_matches(name, known, n=3)
     raise ShardingError(
         f"nothing in the model is called {name}",
         why=f"it has {len(captured.parameters)} parameters, for example {', '.join(list(captured.parameters)[:3])}",
-        help=f"did you mean {' or '.join(near)}?" if near else "give a dotted parameter or module name",
+        help=did_you_mean(name, known) or "give a dotted parameter or module name",
     )
 
 

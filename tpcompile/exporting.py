@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from tpcompile import shards
 from tpcompile.checkpoints import WRITING, check_can_be_saved, compiled, mesh_of, names_of, tensors_of
-from tpcompile.collectives import group_device
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
+from tpcompile.groups import group_device
 from tpcompile.layout import Layout, axes_of
 from tpcompile.module import TensorParallel
 from tpcompile.pieces import Part, Shapes, order, sync, write_safetensors

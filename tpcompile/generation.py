@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tpcompile.collectives import group_device
 from tpcompile.errors import TpcompileError
+from tpcompile.groups import group_device
 
 if TYPE_CHECKING:
     from tpcompile.module import TensorParallel

@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tpcompile.collectives import PRIMITIVES, group_device, pick, run_length
 from tpcompile.errors import TpcompileError
+from tpcompile.groups import group_device
 from tpcompile.layout import Layout, Leaf, Mesh, Runs, axes_of, local_size, positions
 from tpcompile.module import TensorParallel, is_dtensor
+from tpcompile.primitives import PRIMITIVES
+from tpcompile.runs import pick, run_length
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

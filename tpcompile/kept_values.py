@@ -19,9 +19,9 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from tpcompile import collectives
 from tpcompile.aliasing import aliases, holders, is_inplace
 from tpcompile.effects import has_effect
+from tpcompile.onlookers import is_eager
 from tpcompile.recomputation import MARK
 
 MOST = 2**24  # bytes of the values of one graph, and their buffers; what is larger is not kept
@@ -149,7 +149,7 @@ def _kept(function: Callable[..., tuple[Tensor, ...]], buffers: int) -> Callable
     def kept(*operands: Any) -> tuple[Tensor, ...]:
         nonlocal last
         tensors = operands[:buffers]
-        if not collectives.is_eager(*tensors) or _modes() or any(x.requires_grad for x in tensors):
+        if not is_eager(*tensors) or _modes() or any(x.requires_grad for x in tensors):
             return function(None, *operands)
         state = (operands[buffers:], torch.is_inference_mode_enabled(), torch.get_default_dtype())
         if last is not None and last[0] == state and all(map(_same, last[1], tensors)):

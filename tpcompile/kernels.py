@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tpcompile import collectives
-from tpcompile.collectives import Runs
+from tpcompile.onlookers import is_eager
+from tpcompile.runs import Runs, balanced
 
 
 def embedding_rows(weight: torch.Tensor, ids: torch.Tensor, held: Runs, padding_idx: int, total: int) -> torch.Tensor:
@@ -79,7 +79,7 @@ def keep_rows(x: torch.Tensor, dim: int, offs: torch.Tensor, held: Runs) -> torc
 
 def check_indices(index: torch.Tensor, total: int, has: str = "the dim has {} positions") -> None:
     """Raise IndexError if an index lies outside ``[0, total)``, where that costs nothing: on the CPU, in eager."""
-    if index.device.type == "cpu" and collectives.is_eager(index):
+    if index.device.type == "cpu" and is_eager(index):
         if index.numel() == 0:
             return
         low, high = (int(x) for x in index.aminmax())
@@ -111,7 +111,7 @@ def take(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
 
 def balanced_part(length: int, member: int, members: int) -> Runs:
     """What ``member`` of ``members`` holds of a balanced cut of ``length`` positions, as one run."""
-    return collectives.balanced(length, members)[member]
+    return balanced(length, members)[member]
 
 
 def dropout_part(x: torch.Tensor, p: float, cuts: tuple[tuple[int, int, Runs], ...], order: list[int]) -> torch.Tensor:

@@ -35,9 +35,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from tpcompile.collectives import group_device, resolve_group
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
 from tpcompile.failures import PeerError, issue
+from tpcompile.groups import group_device, resolve_group
 
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)  # as faulthandler writes it
 _GRACE = 2.0  # seconds that the other ranks get to say what they know, once one has failed

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from tpcompile.compiler import rewrite
+from tpcompile.huggingface import config_and_class
 from tpcompile.launch import launch
-from tpcompile.models import config_and_class
 from tpcompile.module import call_arguments_as_inputs
 from tpcompile.pretrained import held_bytes, open_checkpoint, place_of, warn_of_unused
 from tpcompile.pretrained import load as load_part

@@ -23,16 +23,18 @@ from tpcompile import shards
 from tpcompile.caches import Cut, cut_of, mark_cut, restores, taken_apart
 from tpcompile.capture import outside_autocast, set_apart
 from tpcompile.capture_check import check_capture
-from tpcompile.collectives import group_device, is_transformed, resolve_group, transition_of
+from tpcompile.collectives import transition_of
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, held_parts, rewrite
 from tpcompile.effects import is_random
 from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
 from tpcompile.generation import generate, part_of
+from tpcompile.groups import group_device, resolve_group
 from tpcompile.held import Held
 from tpcompile.kept_values import keep
 from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, install, module_at, read_outside, repeated_layers, tensor_at
 from tpcompile.layout import Layout, Mesh, axes_of
+from tpcompile.onlookers import is_transformed
 from tpcompile.per_rank import resolve
 from tpcompile.placement import Placement
 from tpcompile.program import Asked, Options, Program

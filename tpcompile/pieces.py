@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from tpcompile import shards
-from tpcompile.collectives import pick, run_length
 from tpcompile.errors import TpcompileError
 from tpcompile.gradients import counted
 from tpcompile.layout import Layout, Leaf, Mesh, Runs, positions, runs, size
+from tpcompile.runs import pick, run_length
 
 DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",

@@ -24,13 +24,13 @@ from torch.utils import _pytree as pytree
 from tpcompile.capture import set_apart
 from tpcompile.checkpoint_files import Checkpoint, Files, names_in, whole
 from tpcompile.checkpoint_sources import Sources, keys_pattern, sources_of
-from tpcompile.collectives import group_device
 from tpcompile.compiler import Inputs, SpecLike, rewrite
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
 from tpcompile.gguf_files import GgufFile
+from tpcompile.groups import group_device
+from tpcompile.huggingface import without_weights
 from tpcompile.launch import check_same_program
 from tpcompile.layout import Layout, Mesh, Runs, axes_of, runs
-from tpcompile.models import without_weights
 from tpcompile.module import Read, TensorParallel, call_arguments_as_inputs, check_same, forget_weights, group_of
 from tpcompile.program import Asked, Program
 

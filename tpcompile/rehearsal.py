@@ -16,8 +16,8 @@ import torch.utils._pytree as pytree
 
 import tpcompile
 from tpcompile.cli import example_inputs, load
-from tpcompile.collectives import group_device, resolve_group
 from tpcompile.compare import backward, gradient_errors, relative_error
+from tpcompile.groups import group_device, resolve_group
 from tpcompile.program import Asked
 from tpcompile.tracing import original
 

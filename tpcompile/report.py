@@ -11,11 +11,14 @@ import sympy
 import torch
 import torch.fx
 
-from tpcompile import collectives, shards
+from tpcompile import shards
+from tpcompile.collectives import transition_of
 from tpcompile.per_rank import PerRank, resolve
 from tpcompile.program import Program, where
 from tpcompile.recomputation import MARK
 from tpcompile.rules import op_name
+from tpcompile.runs import run_length
+from tpcompile.transitions import messages
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def held_text(shares: Sequence[float]) -> str:
 
 
 def _messages(program: Program, node: torch.fx.Node, sizes: Mapping[sympy.Symbol, int]) -> Iterator[Collective]:
-    transition = collectives.transition_of(node.target)
+    transition = transition_of(node.target)
     if transition is None:
         return
     group = node.kwargs.get("group", None) or next(a for a in reversed(node.args) if isinstance(a, str))
@@ -172,13 +175,13 @@ def _messages(program: Program, node: torch.fx.Node, sizes: Mapping[sympy.Symbol
     numel = sum(_product(s) for s in shapes)
     if transition.name == "copy_segments":
         dim, runs = int(node.args[1]), resolve(node.args[2], 0)  # type: ignore[arg-type]
-        shape = (*shapes[0][:dim], collectives.run_length(runs), *shapes[0][dim + 1 :])  # type: ignore[arg-type]
+        shape = (*shapes[0][:dim], run_length(runs), *shapes[0][dim + 1 :])  # type: ignore[arg-type]
         numel = _product(shape)
     of = "parameters" if all(_is_parameter(x) for x in operands) else "activations"
     place = where(node)
     spot = f"{op_name(node)}" + (f" at {place.file}:{place.line}" if place.file else "")
     module = node.meta.get("module") or ""
-    for message in collectives.messages(transition, numel, itemsize, ranks):
+    for message in messages(transition, numel, itemsize, ranks):
         yield Collective(message.kind, message.direction, message.bytes, 1, spot, shapes[0], module, of)
         if message.direction == "forward" and MARK in node.meta:
             again = f"{spot} (recomputed)"
@@ -186,7 +189,7 @@ def _messages(program: Program, node: torch.fx.Node, sizes: Mapping[sympy.Symbol
 
 
 def _is_parameter(node: torch.fx.Node) -> bool:
-    return node.op == "get_attr" or (collectives.transition_of(node.target) is not None and all(
+    return node.op == "get_attr" or (transition_of(node.target) is not None and all(
         _is_parameter(x) for x in node.all_input_nodes
     ))  # fmt: skip
 

@@ -1,7 +1,7 @@
 """All ranks of a rewritten program in lock step, in one process and one autograd graph: no group, no threads.
 
 The graph is interpreted node by node over N environments. A transition is one autograd function from the N tensors of
-its group to N tensors, whose forward and backward are the primitives that the table in ``tpcompile.collectives``
+its group to N tensors, whose forward and backward are the primitives that the table in ``tpcompile.transitions``
 names, here in their version for lists. This is what ``verify`` and the property tests trust, so that it is kept
 plain. A random op draws the same numbers on every rank: those that a single device would draw.
 """
@@ -20,20 +20,23 @@ import torch
 from torch import Tensor, fx
 
 from tpcompile import collectives
-from tpcompile.collectives import (
-    MESSAGES,
+from tpcompile.collectives import transition_of
+from tpcompile.per_rank import resolve
+from tpcompile.recomputation import Region, recompute, regions
+from tpcompile.runs import (
     Parts,
-    Transition,
     Where,
     check_parts,
     full_size,
+    join,
     parts_of,
+    pick,
+    pick_copy,
+    place,
     run_length,
-    sent_bytes,
-    transition_of,
+    zero_pad,
 )
-from tpcompile.per_rank import resolve
-from tpcompile.recomputation import Region, recompute, regions
+from tpcompile.transitions import MESSAGES, Transition, sent_bytes
 
 OnNode = Callable[[fx.Node, list[Any]], None]
 
@@ -65,7 +68,7 @@ class Recorder:
 
 
 # The primitives on the list of a group's tensors, in group order; each result is a new tensor or a view of its own
-# operand. ``where`` is as in tpcompile.collectives; for all_reduce_runs, one Runs for each member.
+# operand. ``where`` is as in tpcompile.primitives; for all_reduce_runs, one Runs for each member.
 
 
 def _total(xs: Sequence[Tensor]) -> Tensor:
@@ -97,19 +100,19 @@ def _all_reduce_max(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor
 
 
 def _all_reduce_runs(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor]:
-    total = _total([collectives.pick(x, dim, runs) for x, runs in zip(xs, where, strict=True)])
+    total = _total([pick(x, dim, runs) for x, runs in zip(xs, where, strict=True)])
     return [
-        collectives.place(total, dim, runs, x.clone(memory_format=torch.contiguous_format))
+        place(total, dim, runs, x.clone(memory_format=torch.contiguous_format))
         for x, runs in zip(xs, where, strict=True)
     ]
 
 
 def _all_gather(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor]:
-    return [collectives.join(xs, dim, where) for _ in xs]
+    return [join(xs, dim, where) for _ in xs]
 
 
 def _cut(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor]:
-    return [collectives.pick_copy(x, dim, runs) for x, runs in zip(xs, where, strict=True)]
+    return [pick_copy(x, dim, runs) for x, runs in zip(xs, where, strict=True)]
 
 
 def _reduce_scatter(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor]:
@@ -117,8 +120,8 @@ def _reduce_scatter(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor
 
 
 def _zero_pad(xs: Sequence[Tensor], dim: int, where: Parts) -> list[Tensor]:
-    size = collectives.full_size(where)
-    return [collectives.zero_pad(x, dim, runs, size) for x, runs in zip(xs, where, strict=True)]
+    size = full_size(where)
+    return [zero_pad(x, dim, runs, size) for x, runs in zip(xs, where, strict=True)]
 
 
 PRIMITIVES: Mapping[str, Callable[[Sequence[Tensor], int, Parts], list[Tensor]]] = {

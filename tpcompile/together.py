@@ -15,9 +15,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from tpcompile.collectives import resolve_group
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
 from tpcompile.failures import store_key
+from tpcompile.groups import resolve_group
 
 _rounds: Counter[str] = Counter()  # how many times each kind of meeting was held
 

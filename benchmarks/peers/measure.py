@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.peers.contenders import CONTENDERS, Running
 from benchmarks.peers.workloads import Workload
-from tpcompile.collectives import sent_bytes
+from tpcompile.transitions import sent_bytes
 
 LEARNING_RATE = 1e-5
 ITEM_BYTES = {"float": 4, "double": 8, "long int": 8, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "bool": 1}
