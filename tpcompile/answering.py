@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from torch._C._distributed_c10d import TCPStore
 from tpcompile.errors import TpcompileError
 from tpcompile.groups import group_device, resolve_group
 from tpcompile.launch import launch
+from tpcompile.shared_memory import obstacle
 
 LONGEST = 24 * 3600.0  # seconds that ranks wait for a prompt
 Message = dict[str, str]  # of a conversation: {"role": "user", "content": "..."}
@@ -91,7 +93,8 @@ def answering(model: str, spec: str | None, degree: int) -> Generator[Ranks]:
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(launch, _serve, degree, (model, spec, store.port), LONGEST, watch=watch)
+        backend = "shm" if degree <= (os.cpu_count() or 1) and obstacle(degree) is None else "gloo"
+        ended = pool.submit(launch, _serve, degree, (model, spec, store.port), LONGEST, backend=backend, watch=watch)
         ranks = Ranks(store, ended)
         try:
             yield ranks

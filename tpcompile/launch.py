@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
@@ -62,12 +63,13 @@ def launch(
     timeout: float = 300.0,
     *,
     gpus: bool = True,
+    backend: str = "gloo",
     watch: Callable[[], None] | None = None,
 ) -> list[Any]:
     """``function(*args)`` on ``ranks`` local processes with a process group of all of them; what each one returned.
 
-    The group is gloo, or nccl where there are that many GPUs and ``gpus`` is left on. ``function`` must be importable
-    by name (of a module), ``args`` and results picklable. ``watch`` is called ten times a second meanwhile.
+    The group is ``backend``, or nccl where there are that many GPUs and ``gpus`` is left on. ``function`` must be
+    importable by name (of a module), ``args`` and results picklable. ``watch`` is called ten times a second meanwhile.
 
     Raises the TpcompileError of the rank that failed first, if it raised one, else a TpcompileError that names the rank
     and the reason; after ``timeout`` seconds one that says where each rank was.
@@ -77,7 +79,8 @@ def launch(
         folder = Path(name)
         (folder / "task").write_bytes(pickle.dumps((function, tuple(args))))
         processes = [
-            context.Process(target=_rank, args=(name, rank, ranks, timeout, gpus), daemon=True) for rank in range(ranks)
+            context.Process(target=_rank, args=(name, rank, ranks, timeout, gpus, backend), daemon=True)
+            for rank in range(ranks)
         ]
         try:
             with _uninterrupted():
@@ -175,7 +178,7 @@ def _raise_hung(running: dict[int, SpawnProcess], folder: Path, timeout: float, 
     )
 
 
-def _rank(folder: str, rank: int, ranks: int, timeout: float, gpus: bool) -> None:
+def _rank(folder: str, rank: int, ranks: int, timeout: float, gpus: bool, backend: str) -> None:
     """The life of one process: everything that it has to say goes into files in ``folder``."""
     stack = (Path(folder) / f"stack{rank}").open("w")
     if hasattr(signal, "SIGUSR1"):
@@ -190,8 +193,10 @@ def _rank(folder: str, rank: int, ranks: int, timeout: float, gpus: bool) -> Non
         torch.cuda.set_device(rank)
     try:
         function, args = pickle.loads((Path(folder) / "task").read_bytes())
+        if backend == "shm":
+            importlib.import_module("tpcompile.shared_memory")
         dist.init_process_group(
-            "nccl" if gpus else "gloo",
+            "nccl" if gpus else backend,
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=ranks,

@@ -38,8 +38,8 @@ def _renamed(*names: str) -> Callable[..., Any]:
 
 
 _functional = torch.ops._c10d_functional
-_all_gather_single = _renamed("all_gather_single", "all_gather_into_tensor")  # since 2.13, until then
-_reduce_scatter_single = _renamed("reduce_scatter_single", "reduce_scatter_tensor")
+all_gather_single = _renamed("all_gather_single", "all_gather_into_tensor")  # since 2.13, until then
+reduce_scatter_single = _renamed("reduce_scatter_single", "reduce_scatter_tensor")
 
 
 def _identity(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> Tensor:
@@ -129,7 +129,7 @@ def _all_gather(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> T
     else:
         flat = mine.new_empty([size * mine.shape[0], *mine.shape[1:]])
         if flat.numel():
-            issue(_all_gather_single, flat, mine, group=resolve_group(group))
+            issue(all_gather_single, flat, mine, group=resolve_group(group))
     if mine.shape[0] and _in_order(parts, longest):
         return flat if dim == 0 else torch.cat(flat.chunk(size), dim)
     return join(flat.chunk(size) if mine.shape[0] else [mine] * size, dim, parts)
@@ -163,7 +163,7 @@ def _reduce_scatter(x: Tensor, dim: int, where: Where, group: str, owned: bool) 
     else:
         mine = _member_of(stacked, size)
         if mine.numel():
-            issue(_reduce_scatter_single, mine, stacked, group=resolve_group(group))
+            issue(reduce_scatter_single, mine, stacked, group=resolve_group(group))
     length = run_length(parts[index])
     return mine if length == longest else pick_copy(mine, dim, ((0, length),))
 
@@ -205,4 +205,4 @@ def start(primitive: str, x: Tensor, dim: int, where: Where, group: str) -> Call
         return None
     stacked = _stacked(x, dim, parts)
     mine = _member_of(stacked, size)
-    return begin(mine, _reduce_scatter_single, mine, stacked, group=members)
+    return begin(mine, reduce_scatter_single, mine, stacked, group=members)

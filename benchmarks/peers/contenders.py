@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -29,6 +29,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import tpcompile
+import tpcompile.shared_memory
 from benchmarks.peers.floor import Floor
 from benchmarks.peers.workloads import Workload
 
@@ -97,13 +98,18 @@ def compiled(
     dtype: torch.dtype,
     sequence_parallel: bool = False,
     inductor: bool = False,
+    backend: str | None = None,
 ) -> Running:
-    """``tpcompile.compile`` with the shipped spec; in training the logits stay cut, since only the loss is used."""
+    """``tpcompile.compile`` with the shipped spec; in training the logits stay cut, since only the loss is used.
+
+    ``backend``: of a process group of its own.
+    """
     ids, labels = work.batch_of_tokens()
     example = {"input_ids": ids, "labels": labels} if training else {"input_ids": ids}
     model = _model(work, training, dtype)
+    mesh = None if backend is None else DeviceMesh.from_group(dist.new_group(backend=backend), work.device)
     tp = tpcompile.compile(
-        model, example_inputs=example, gather_logits=not training, sequence_parallel=sequence_parallel
+        model, example_inputs=example, mesh=mesh, gather_logits=not training, sequence_parallel=sequence_parallel
     )
     call: Any = torch.compile(tp, fullgraph=True) if inductor else tp
     return Running(list(tp.parameters()), _logits_of(call), _loss_of(call), lambda: tpcompile.full_gradients(tp))
@@ -291,6 +297,9 @@ CONTENDERS: Mapping[str, Contender] = {
     "tpcompile": Contender("tpcompile.compile(model), eager", compiled),
     "tpcompile, inductor": Contender(
         "torch.compile(tpcompile.compile(model), fullgraph=True)", partial(compiled, inductor=True)
+    ),
+    "tpcompile, shared memory": Contender(
+        'tpcompile.compile(model) on a process group of the backend "shm"', partial(compiled, backend="shm")
     ),
     "tpcompile, sequence": Contender(
         "tpcompile.compile(model, sequence_parallel=True)", partial(compiled, sequence_parallel=True)

@@ -58,15 +58,20 @@ def collectives(events: Sequence[Any], ranks: int) -> Counts:
     if len(asked) != len(given):
         raise ValueError(f"{len(asked)} requests and {len(given)} calls of gloo: {asked}, {[e.name() for e in given]}")
     own = [e for e in in_order if e.name() == "deepspeed::inference_all_reduce_"]  # in shared memory, past torch
-    found: Counts = {}
+    sizes: list[tuple[str, int]] = []  # bytes of what is reduced or gathered
     for name, event in (*zip(asked, given, strict=True), *(("allreduce_", e) for e in own)):
         kind = next((kind for part, kind in KINDS if part in name), name)
-        numel = torch.Size(event.shapes()[0]).numel() * ITEM_BYTES[event.dtypes()[0]]
-        numel *= ranks if kind == "all_gather" else 1
-        sent = sent_bytes(kind, numel, 1, ranks) if kind in dict(KINDS).values() else numel
+        size = torch.Size(event.shapes()[0]).numel() * ITEM_BYTES[event.dtypes()[0]]
+        sizes.append((kind, size * ranks if kind == "all_gather" else size))
+    for event in in_order:
+        if event.name().startswith("shm:"):
+            _, kind, size = event.name().split(":")
+            sizes.append((kind, int(size)))
+    found: Counts = {}
+    for kind, size in sizes:
         count = found.setdefault(kind, [0, 0])
         count[0] += 1
-        count[1] += sent
+        count[1] += sent_bytes(kind, size, 1, ranks) if kind in dict(KINDS).values() else size
     return found
 
 
