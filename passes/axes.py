@@ -213,7 +213,8 @@ def _terms(program: Program, claim: Claim) -> Iterator[tuple[Use, Term]]:
             f"`{claim.word}` claims {claim.parameter}, which has no index {what}",
             where=claim.line.where,
             why=why,
-            help=f"say {' or '.join(f'`{word}`' for word in others)} for {claim.parameter}, or remove it from the line",
+            help=(f"say {' or '.join(f'`{word}`' for word in others)} for {claim.parameter}, or " if others else "")
+            + "remove it from the line",
         )
 
 

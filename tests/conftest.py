@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,12 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-os.environ["TPCOMPILE_CACHE"] = "off"  # tests compile; those of the cache have directories of their own
+def pytest_configure(config: pytest.Config) -> None:
+    """Captures are cached, as they are for users, but for this run alone: a model is traced once for all files."""
+    if not hasattr(config, "workerinput"):  # xdist's workers inherit the variable
+        folder = tempfile.TemporaryDirectory(prefix="tpcompile-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["TPCOMPILE_CACHE"] = folder.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -359,7 +359,7 @@ def test_a_model_without_words_is_refused() -> None:
 def test_ranks_that_are_left_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
 
-    def launch(*given: object, watch: Callable[[], None] = lambda: None) -> None:
+    def launch(*given: object, backend: str, watch: Callable[[], None] = lambda: None) -> None:
         for _ in range(100):
             assert given
             try:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpcompile import shards
-from tpcompile.capture import Captured, capture
+from tpcompile.capture import Captured
 from tpcompile.compare import backward
+from tpcompile.compile_cache import cached_capture
 from tpcompile.compiler import choose_spec, rewrite_captured
 from tpcompile.program import DEFAULT, Options, Program
 from tpcompile.simulate import Recorder, Simulation
@@ -313,7 +314,7 @@ def case(name: str, layers: int = 2, training: bool = False) -> Case:
     model, given, text = build(name, layers, training), inputs(name), MODELS[name].spec
     spec = choose_spec(model, None if text is None else Spec.parse(text))
     assert spec is not None, "every model here has a shipped spec or a text of its own"
-    return Case(name, model, given, capture(model, (), given), spec)
+    return Case(name, model, given, cached_capture(model, (), given), spec)
 
 
 @cache
