@@ -16,6 +16,8 @@ from distributed import run
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Partial as PartialSum
 
 import tpcompile
 from tpcompile import shared_memory
@@ -87,21 +89,19 @@ def sums(rounds: int, early: bool) -> int:
     """How many of many sums, one right after the other, are wrong; ``early``: the flag is raised before writing."""
     _, shm = groups()
     if early:
-        begin = SharedMemory._begin
+        begin = shm._begin
 
-        def flag_first(
-            self: SharedMemory, said: Any, dtype: torch.dtype, shape: torch.Size, write: Any, read: Any
-        ) -> None:
+        def flag_first(said: Any, dtype: torch.dtype, shape: torch.Size, write: Any, read: Any) -> None:
             def late(slot: Tensor) -> None:
-                board, turn = self._board, self._sequence & 1
-                board.text(turn, self._rank)[:] = self._text(said)
-                board.flags[self._rank] = self._sequence
+                turn = shm.begun + 1
+                shm._board.text(turn & 1, shm._rank)[:] = shm._text(said)
+                shm._board.flags[shm._rank] = turn
                 time.sleep(0.002)
                 write(slot)
 
-            begin(self, said, dtype, shape, late, read)
+            begin(said, dtype, shape, late, read)
 
-        SharedMemory._begin = flag_first
+        shm._begin = flag_first
     rank, ranks, wrong = dist.get_rank(), dist.get_world_size(), 0
     for i in range(rounds):
         x = torch.full((1 + 37 * i % 5000,), float(i * (rank + 1)), dtype=torch.float64)
@@ -111,22 +111,93 @@ def sums(rounds: int, early: bool) -> int:
 
 
 def pending() -> list[bool]:
-    """Several sums under way at once, waited for in another order, or never; and the functional ones."""
+    """Several sums under way at once, waited for in another order, or never."""
     _, shm = groups()
-    name: str = shm.group_name
-    xs = [drawn(i, 100 + i, torch.float64) for i in range(4)]
+    xs = [drawn(i, 100 + i, torch.float64) for i in range(3)]
     expected = [x.clone() for x in xs]
     for x in expected:
         dist.all_reduce(x)
-    works = [dist.all_reduce(x, group=shm, async_op=True) for x in xs[:3]]
-    assert works[2] is not None
-    assert works[0] is not None
-    works[2].wait()
+    works: list[Any] = [dist.all_reduce(x, group=shm, async_op=True) for x in xs]
+    works[2].wait(timedelta(seconds=5))
     works[0].wait()
-    found = [torch.equal(x, y) for x, y in zip(xs[:3], expected, strict=False)]
+    found = [torch.equal(x, y) for x, y in zip(xs, expected, strict=True)]
+    work: Any = dist.barrier(shm, async_op=True)
+    while not work.is_completed():
+        time.sleep(0.001)
+    return [*found, works[1].is_completed(), torch.equal(works[1].get_future().value()[0], expected[1])]
+
+
+def asked_by_others() -> dict[str, bool]:
+    """What asks a process group in other words: functional collectives, DTensor, DDP, inference mode, lists, bools."""
+    gloo, shm = groups()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     functional: Any = torch.ops._c10d_functional
-    y = functional.wait_tensor(functional.all_reduce(xs[3], "sum", name))
-    return [*found, torch.equal(y, expected[3])]
+    x, found = drawn(3, 4 * ranks, torch.float64), dict[str, bool]()
+
+    def alike(what: str, ask: Callable[[Any], Tensor]) -> None:
+        found[what] = torch.equal(ask(gloo), ask(shm))
+
+    def listed(group: Any) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(ranks)]
+        dist.all_gather(parts, x, group)
+        return torch.stack(parts)
+
+    def frozen(group: Any) -> Tensor:
+        with torch.inference_mode():
+            y = x + 1
+        dist.all_reduce(y, group=group)
+        return y.clone()
+
+    def sent(group: Any) -> Tensor:
+        y = x.clone()
+        dist.broadcast(y, 0, group)
+        return y
+
+    def trues(group: Any) -> Tensor:
+        y = torch.empty(2 * ranks, dtype=torch.bool)
+        all_gather_single(y, torch.tensor([True, rank == 0]), group=group)
+        return y
+
+    def redistributed(group: Any) -> Tensor:
+        mesh = DeviceMesh.from_group(group, "cpu")
+        whole = DTensor.from_local(x, mesh, [PartialSum()]).redistribute(mesh, [Shard(0)])
+        return whole.redistribute(mesh, [Replicate()]).to_local()
+
+    def parallel(group: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(nn.Linear(4, 2).double(), process_group=group)
+        model(x.view(-1, 4)).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    def named(group: Any) -> str:
+        return group.group_name
+
+    wait = functional.wait_tensor
+    alike("functional all_reduce", lambda g: wait(functional.all_reduce(x, "sum", named(g))))
+    alike("functional all_gather", lambda g: wait(functional.all_gather_into_tensor(x, ranks, named(g))))
+    alike("functional reduce_scatter", lambda g: wait(functional.reduce_scatter_tensor(x, "sum", ranks, named(g))))
+    for ask in (listed, frozen, sent, trues, redistributed, parallel):
+        alike(ask.__name__, ask)
+    return found
+
+
+def sizes_that_do_not_fit() -> list[str]:
+    _, shm = groups()
+    found: list[str] = []
+    for gather, x, y in ((True, torch.ones(2), torch.ones(5)), (False, torch.ones(5), torch.ones(2))):
+        with pytest.raises(ValueError, match="an output of") as caught:
+            (all_gather_single if gather else reduce_scatter_single)(y, x, group=shm)
+        found.append(str(caught.value).partition(":")[0])
+    return found
+
+
+def of_a_part() -> float:
+    """The sum over the last two of three ranks: their places in the group are other numbers."""
+    group = dist.new_group([1, 2], backend="shm")
+    x = torch.tensor([float(dist.get_rank())])
+    if dist.get_rank() > 0:
+        dist.all_reduce(x, group=group)
+    return float(x)
 
 
 def refusals() -> list[str]:
@@ -137,6 +208,9 @@ def refusals() -> list[str]:
         with pytest.raises(PeerError) as caught:
             PRIMITIVES["all_reduce"](x, 0, (), shm.group_name, False)
         found.append(caught.value.why or "")
+        with pytest.raises(RuntimeError, match="the process group has failed before: RuntimeError: rank"):
+            dist.barrier(shm)
+        _, shm = groups()
     return found
 
 
@@ -144,6 +218,7 @@ def waits(how: str) -> str:
     """What a rank is told whose neighbour is late, or gone."""
     torch.set_num_threads(1)
     shm: Any = dist.new_group(backend="shm", timeout=timedelta(seconds=1 if how == "late" else 60))
+    child = 0
     if dist.get_rank() == 1:
         time.sleep(3)
         return ""
@@ -156,6 +231,8 @@ def waits(how: str) -> str:
     with pytest.raises(RuntimeError) as caught:
         dist.all_reduce(torch.ones(2), group=shm)
     assert time.monotonic() - started < 2.5
+    if how == "gone":
+        os.waitpid(child, 0)
     return str(caught.value)
 
 
@@ -192,6 +269,8 @@ def everything() -> dict[str, Any]:
         "both": both,
         "sums": partial(sums, 1000, False),
         "pending": pending,
+        "others": asked_by_others,
+        "sizes": sizes_that_do_not_fit,
         "refusals": refusals,
         "late": partial(waits, "late"),
         "gone": partial(waits, "gone"),
@@ -212,14 +291,14 @@ def two() -> list[dict[str, Any]]:
     return run(everything, 2)
 
 
-def of_three() -> tuple[list[str], int]:
-    return both(), sums(1000, False)
+def of_three() -> tuple[list[str], int, float]:
+    return both(), sums(1000, False), of_a_part()
 
 
 def test_collectives_are_those_of_gloo(two: list[dict[str, Any]]) -> None:
     assert [rank["both"] for rank in two] == [[], []]
     assert [rank["sums"] for rank in two] == [0, 0]
-    assert run(of_three, 3) == [([], 0)] * 3
+    assert run(of_three, 3) == [([], 0, 0.0), ([], 0, 3.0), ([], 0, 3.0)]
 
 
 def test_a_flag_that_is_raised_before_writing_is_seen(two: list[dict[str, Any]]) -> None:
@@ -228,7 +307,14 @@ def test_a_flag_that_is_raised_before_writing_is_seen(two: list[dict[str, Any]])
 
 
 def test_sums_that_are_waited_for_later(two: list[dict[str, Any]]) -> None:
-    assert [rank["pending"] for rank in two] == [[True] * 4] * 2
+    assert [rank["pending"] for rank in two] == [[True] * 5] * 2
+
+
+def test_what_asks_in_other_words_is_answered_as_by_gloo(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert len(rank["others"]) == 9
+        assert all(rank["others"].values()), rank["others"]
+        assert rank["sizes"] == ["all_gather", "reduce_scatter"]
 
 
 def test_ranks_that_ask_for_different_sums_are_told(two: list[dict[str, Any]]) -> None:
@@ -253,9 +339,8 @@ def test_a_compiled_model_trains_alike(two: list[dict[str, Any]]) -> None:
 
 def test_memory_that_is_missing_is_told_to_all_ranks(two: list[dict[str, Any]]) -> None:
     for rank in two:
-        assert rank["no room"].startswith("there are no 4 MiB of shared memory for the backend 'shm'")
+        assert rank["no room"].startswith("there are no 4 MiB of memory for the backend 'shm'")
         assert "No space left on device" in rank["no room"]
-        assert "docker run --shm-size" in rank["no room"]
 
 
 def test_machines_that_order_stores_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

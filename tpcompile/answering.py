@@ -93,7 +93,7 @@ def answering(model: str, spec: str | None, degree: int) -> Generator[Ranks]:
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     with ThreadPoolExecutor(1) as pool:
-        backend = "shm" if degree <= (os.cpu_count() or 1) and obstacle(degree) is None else "gloo"
+        backend = "shm" if obstacle(degree) is None and degree <= len(os.sched_getaffinity(0)) else "gloo"
         ended = pool.submit(launch, _serve, degree, (model, spec, store.port), LONGEST, backend=backend, watch=watch)
         ranks = Ranks(store, ended)
         try:

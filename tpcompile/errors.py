@@ -1,4 +1,4 @@
-"""The one family of exceptions a user of tpcompile meets.
+"""The one family of exceptions a user of tpcompile meets, and what their texts are made with.
 
 Every error says what is wrong, where (``file:line:col``, or module and source line), why, and what to type
 instead. ``ValueError`` and ``AssertionError`` raised inside tpcompile mean a defect of tpcompile, never of its input.

@@ -2,7 +2,8 @@
 
 ``where`` is the parts of the group's members, or copy_segments' runs as its only item, or (); ``owned`` says that x may
 be overwritten. Eager runs plain c10d calls; what is traced (torch.compile, fake tensors) gets functional collectives.
-What torch renames between versions is in this file. Tried on torch 2.11, 2.13 and 2.15.
+What torch renamed in 2.13 is named here and in ``shared_memory.py``.
+Tried on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ PRIMITIVES: Mapping[str, Callable[[Tensor, int, Where, str, bool], Tensor]] = {
     "pending_reduce_scatter": _pending_reduce_scatter,
     "wait": _wait,
 }
-"""What each primitive does on one rank's tensor; ``all_reduce_bucket`` is ``_many``'s."""
+"""What each primitive does on one rank's tensor; ``all_reduce_bucket`` is that of ``collectives.copy_all``."""
 
 
 def start(primitive: str, x: Tensor, dim: int, where: Where, group: str) -> Callable[[], Tensor] | None:

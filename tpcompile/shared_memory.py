@@ -5,8 +5,9 @@
 
 gloo sends through sockets what ranks of one machine have to tell each other. Here it stands in memory that all of them
 have mapped: each writes its tensor there, raises a flag, and adds up what all have written once their flags are up, in
-the same order, so that all get the same bits. All-reduces, all-gathers and reduce-scatters of one tensor are done so;
-whatever else is asked for goes to gloo. Ranks that were asked for different collectives are told, and nothing is added.
+the same order, so that all get the same bits. All-reduces, all-gathers and reduce-scatters of one tensor are done so,
+and barriers; whatever else is asked for goes to gloo. Ranks that were asked for different ones of these are told, and
+nothing is added. After a failure the group is of no more use, and says so.
 
 It relies on two things. Stores of one x86-64 core are seen by the others in their order (Intel SDM, volume 3, 10.2.2),
 hence no other processor. And a rank writes into a slot again only two exchanges later, when it has seen the flags of
@@ -17,18 +18,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import platform
-import socket
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,9 +49,10 @@ _NAP = 0.0002
 _ALIVE = 0.5  # seconds between looks at whether the other process is there
 _HALVES = frozenset((torch.float16, torch.bfloat16))
 _DTYPES = _HALVES | {torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
-_SHAPES = 256  # of which views of the slots are kept
+_KEPT = 1024  # shapes of slots, and texts
 
-
+K = TypeVar("K")
+V = TypeVar("V")
 _Said = tuple[str, str, int, torch.dtype | None, int]  # kind, reduction, elements, dtype, where the piece starts
 
 
@@ -67,23 +68,16 @@ def obstacle(ranks: int) -> str | None:
 class _Board:
     """The memory: for each rank a flag, and two slots with a text each, which are used in turn."""
 
-    def __init__(self, store: Store, rank: int, ranks: int, timeout: timedelta):
-        self.rank, self.ranks = rank, ranks
+    def __init__(self, store: Store, rank: int, ranks: int):
         size = _HEADER + 2 * ranks * SLOT
-        path = _agreed_path(store, rank, size)
-        try:
-            self._memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-            store.set(f"pid {rank}", str(os.getpid()))
-            self.pids = [int(store.get(f"pid {other}")) for other in range(ranks)]  # waits until all have mapped it
-        finally:
-            if rank == 0:
-                os.unlink(path)
-        at = self._memory.data_ptr()
+        with torch.inference_mode(False), _memory_of_all(store, rank, ranks, size) as (path, self.pids):
+            memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        at = memory.data_ptr()
         self.flags = (ctypes.c_int64 * ranks).from_address(at)
-        bytes_of: Any = (ctypes.c_char * _HEADER).from_address(at)
-        self._texts = memoryview(bytes_of).cast("B")
+        header: Any = (ctypes.c_char * _HEADER).from_address(at)
+        self._texts = memoryview(header).cast("B")
         self._slots = [
-            [self._memory[start : start + SLOT] for start in range(_HEADER + turn * ranks * SLOT, size, SLOT)][:ranks]
+            [memory[start : start + SLOT] for start in range(_HEADER + turn * ranks * SLOT, size, SLOT)][:ranks]
             for turn in range(2)
         ]
         self._views: dict[tuple[torch.dtype, torch.Size], list[list[Tensor]]] = {}
@@ -93,10 +87,9 @@ class _Board:
         found = self._views.get((dtype, shape))
         if found is None:
             size = shape.numel() * dtype.itemsize
-            found = [[slot[:size].view(dtype).view(shape) for slot in slots] for slots in self._slots]
-            if len(self._views) >= _SHAPES:
-                self._views.clear()
-            self._views[dtype, shape] = found
+            with torch.inference_mode(False):  # they are kept
+                found = [[slot[:size].view(dtype).view(shape) for slot in slots] for slots in self._slots]
+            _keep(self._views, (dtype, shape), found)
         return found[turn]
 
     def text(self, turn: int, rank: int) -> memoryview:
@@ -105,53 +98,70 @@ class _Board:
         return self._texts[start : start + _SAID]
 
 
-def _agreed_path(store: Store, rank: int, size: int) -> str:
-    """A file of that size, in memory where there is a file system for it; rank 0 makes it. Raises TpcompileError."""
+@contextlib.contextmanager
+def _memory_of_all(store: Store, rank: int, ranks: int, size: int) -> Generator[tuple[str, list[int]]]:
+    """Where the memory that rank 0 makes is to be mapped inside of the block, and the processes of the ranks.
+
+    It has no name in a file system, so it ends with the last process that has mapped it. Raises TpcompileError.
+    """
+    turn = (store.add("made", 1) - 1) // ranks  # a store may outlive a group
+    here = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    file, why = -1, ""
     if rank == 0:
-        found = ""
         try:
-            folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-            file, found = tempfile.mkstemp(prefix="tpcompile-", dir=folder)
-            try:
-                os.posix_fallocate(file, 0, size)  # room that is missing must not be found out by a signal
-            finally:
-                os.close(file)
-            store.set("file", f"{socket.gethostname()}\n{found}")
+            file = os.memfd_create("tpcompile")
+            os.posix_fallocate(file, 0, size)  # room that is missing must not be found out by a signal
         except OSError as error:
-            if found:
-                os.unlink(found)
-            store.set("file", f"\n{error}")
-    host, path = store.get("file").decode().split("\n", 1)
-    if not host:
-        raise TpcompileError(
-            f"there are no {size / 2**20:.0f} MiB of shared memory for the backend {BACKEND!r}",
-            why=path,
-            help='give the container more (docker run --shm-size=1g), or use the backend "gloo"',
-        )
-    if host != socket.gethostname():
-        raise TpcompileError(
-            f"the backend {BACKEND!r} is for ranks of one machine",
-            why=f"rank 0 is on {host}, rank {rank} on {socket.gethostname()}",
-            help='use the backend "gloo"',
-        )
-    return path
+            why = str(error)
+    try:
+        store.set(f"{turn}/{rank}", json.dumps({"here": here, "pid": os.getpid(), "file": file, "why": why}))
+        said: list[dict[str, Any]] = [json.loads(store.get(f"{turn}/{other}")) for other in range(ranks)]
+        if said[0]["why"]:
+            raise TpcompileError(
+                f"there are no {size / 2**20:.0f} MiB of memory for the backend {BACKEND!r}",
+                why=said[0]["why"],
+                help='use the backend "gloo"',
+            )
+        for other, each in enumerate(said):
+            if each["here"] != said[0]["here"]:
+                raise TpcompileError(
+                    f"the backend {BACKEND!r} is for ranks of one machine, or of one container",
+                    why=f"rank {other} runs elsewhere than rank 0",
+                    help='use the backend "gloo"',
+                )
+        yield f"/proc/{said[0]['pid']}/fd/{said[0]['file']}", [each["pid"] for each in said]
+        store.set(f"{turn}/{rank} has it", "")
+        if rank == 0:
+            store.wait([f"{turn}/{other} has it" for other in range(ranks)])
+    finally:
+        if file >= 0:
+            os.close(file)
 
 
 class _Exchange(dist.Work):
-    """The last exchange that was begun, or an older one: waiting for the last is waiting for all."""
+    """What torch hands out for a collective: an exchange that was begun."""
 
     def __init__(self, group: SharedMemory, result: Sequence[Tensor]):
         super().__init__()
-        self._group, self._result = group, result
+        self._group, self._result, self._sequence = group, result, group.begun
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        self._group.complete()
+        """Until it is completed; without a timeout, at most for that of the group."""
+        self._group.complete(self._sequence, timeout.total_seconds())
         return True
 
+    def synchronize(self) -> None:
+        """The same as to wait."""
+        self.wait()
+
     def is_completed(self) -> bool:
-        return False  # nobody looks before somebody waits
+        """Whether its result is there; if all ranks have come, it is."""
+        if self._group.is_ready(self._sequence):
+            self.wait()
+        return self._group.completed >= self._sequence
 
     def get_future(self) -> Future[Any]:
+        """A future that has the result."""
         self.wait()
         future: Future[Any] = Future()
         future.set_result(list(self._result))
@@ -165,11 +175,14 @@ class SharedMemory(dist.ProcessGroup):
         super().__init__(rank, ranks)  # pyright: ignore[reportCallIssue]
         if (why := obstacle(ranks)) is not None:
             raise TpcompileError(f"there is no backend {BACKEND!r} here", why=why, help='use the backend "gloo"')
-        self._board = _Board(store, rank, ranks, timeout)
-        self._gloo: Any = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, ranks, timeout)
+        self._board = _Board(store, rank, ranks)
+        gloo: Any = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, ranks, timeout)
+        self._gloo = gloo
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)  # for all other methods
         self._rank, self._ranks, self._timeout = rank, ranks, timeout.total_seconds()
-        self._sequence = 0
+        self.begun = self.completed = 0  # exchanges
         self._pending: tuple[bytes, Callable[[], object]] | None = None
+        self._failure = ""
         self._texts: dict[_Said, bytes] = {}
         self._named = ""
 
@@ -186,44 +199,55 @@ class SharedMemory(dist.ProcessGroup):
 
         A slot is given as a tensor of ``dtype`` and ``shape``.
         """
-        self.complete()
-        self._sequence += 1
-        turn, board = self._sequence & 1, self._board
+        self.complete(self.begun)
+        sequence, board, text = self.begun + 1, self._board, self._text(said)
+        turn = sequence & 1
         slots = board.slots(turn, dtype, shape)
         write(slots[self._rank])
-        board.text(turn, self._rank)[:] = text = self._text(said)
-        board.flags[self._rank] = self._sequence
-        self._pending = text, lambda: read(slots)
+        board.text(turn, self._rank)[:] = text
+        board.flags[self._rank] = sequence  # the other ranks go on from here
+        self._pending, self.begun = (text, lambda: read(slots)), sequence
 
-    def complete(self) -> None:
-        """Wait for the other ranks of the exchange that was begun last, and read what they have written.
+    def complete(self, sequence: int, timeout: float = 0.0) -> None:
+        """Wait for the other ranks of that exchange, and read what they have written; there is at most one to do.
 
-        Raises RuntimeError, as torch's own backends do, if one of them is gone, late or was asked for something else.
+        Raises RuntimeError, as torch's own backends do, if one of them is gone, late or was asked for something else,
+        and from then on.
         """
-        if self._pending is None:
+        if self._failure:
+            raise RuntimeError(f"the process group has failed before: {self._failure}")
+        if self.completed >= sequence or self._pending is None:
             return
-        (mine, read), self._pending = self._pending, None
-        flags, turn = self._board.flags, self._sequence & 1
-        for other in range(self._ranks):
-            if flags[other] < self._sequence:
-                self._wait_for(other, mine)
-        for other in range(self._ranks):
-            if (text := bytes(self._board.text(turn, other))) != mine:
-                raise RuntimeError(
-                    f"rank {other} of the group was asked for {_words(text)}, rank {self._rank} for {_words(mine)}"
-                )
-        read()
+        mine, read = self._pending
+        try:
+            for other in range(self._ranks):
+                if self._board.flags[other] < self.begun:
+                    self._wait_for(other, mine, timeout or self._timeout)
+            for other in range(self._ranks):
+                if (text := bytes(self._board.text(self.begun & 1, other))) != mine:
+                    raise RuntimeError(
+                        f"rank {other} of the group was asked for {_words(text)}, rank {self._rank} for {_words(mine)}"
+                    )
+            read()
+        except BaseException as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
+        self._pending, self.completed = None, self.begun
+
+    def is_ready(self, sequence: int) -> bool:
+        """Whether completing that exchange waits for nobody."""
+        return all(flag >= sequence for flag in self._board.flags)
 
     def _text(self, said: _Said) -> bytes:
         found = self._texts.get(said)
         if found is None:
             kind, how, numel, dtype, start = said
-            text = f"{kind} {how} of {numel} {dtype}" + (f" from {start}" if start else "")
-            found = self._texts[said] = " ".join(text.split()).encode()[:_SAID].ljust(_SAID, b"\0")
+            text = " ".join((f"{kind} {how} of {numel} {dtype}" + (f" from {start}" if start else "")).split())
+            found = _keep(self._texts, said, text.encode()[:_SAID].ljust(_SAID, b"\0"))
         return found
 
-    def _wait_for(self, other: int, text: bytes) -> None:
-        flags, sequence = self._board.flags, self._sequence
+    def _wait_for(self, other: int, text: bytes, timeout: float) -> None:
+        flags, sequence = self._board.flags, self.begun
         for _ in range(_SPINS):
             if flags[other] >= sequence:
                 return
@@ -239,17 +263,16 @@ class SharedMemory(dist.ProcessGroup):
                     raise RuntimeError(
                         f"the process of rank {other} of the group is gone; this one waits in {_words(text)}"
                     )
-            if now - started > self._timeout:
-                raise RuntimeError(
-                    f"rank {other} of the group did not come to {_words(text)} within {self._timeout:g} s"
-                )
+            if now - started > timeout:
+                raise RuntimeError(f"rank {other} of the group did not come to {_words(text)} within {timeout:g} s")
 
     # ------------------------------------------------------------------------------------------ collectives
-    def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What dist.all_reduce asks for."""
+    def allreduce(self, tensors: Tensor | Sequence[Tensor], opts: Any = None, timeout: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What dist.all_reduce asks for, and DistributedDataParallel with a tensor alone."""
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         reduction = _reduction(opts)
-        if reduction is None or len(tensors) > 1 or not _is_ours(tensors[0]):
-            return self._gloo.allreduce(list(tensors), *([] if opts is None else [opts]))
+        if reduction is None or len(tensors) != 1 or not _is_ours(tensors[0]):
+            return self._gloo.allreduce(tensors, *([] if opts is None else [opts]))
         x = tensors[0].detach()
         mine = x.contiguous()
         with self._recorded("all_reduce", mine, 1):
@@ -257,14 +280,16 @@ class SharedMemory(dist.ProcessGroup):
                 said = "all_reduce", reduction.name, x.numel(), x.dtype, start
                 self._begin(said, x.dtype, piece.shape, partial(_write, piece), partial(reduction.into, piece))
         if mine.data_ptr() != x.data_ptr():
-            self.complete()
-            x.copy_(mine)
+            self.complete(self.begun)
+            with _allowed(x):
+                x.copy_(mine)
         return _Exchange(self, tensors)
 
     def all_gather_single(self, output: Tensor, x: Tensor, *opts: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What dist.all_gather_into_tensor asks for."""
         if not _is_ours(x) or output.dtype != x.dtype:
             return self._gloo._allgather_base(output, x, *opts)
+        _check_sizes("all_gather", output, x, output.numel(), self._ranks * x.numel())
         flat, rows = x.detach().contiguous().view(-1), output.detach().view(self._ranks, -1)
         with self._recorded("all_gather", flat, self._ranks):
             for start, piece in _pieces(flat, SLOT):
@@ -278,6 +303,7 @@ class SharedMemory(dist.ProcessGroup):
         reduction = _reduction(opts)
         if reduction is None or not _is_ours(x) or output.dtype != x.dtype:
             return self._gloo._reduce_scatter_base(output, x, *([] if opts is None else [opts]))
+        _check_sizes("reduce_scatter", output, x, self._ranks * output.numel(), x.numel())
         rows, flat = x.detach().contiguous().view(self._ranks, -1), output.detach().view(-1)
         with self._recorded("reduce_scatter", flat, self._ranks):
             for start, piece in _pieces(flat, SLOT // self._ranks):
@@ -287,7 +313,23 @@ class SharedMemory(dist.ProcessGroup):
                 self._begin(said, x.dtype, part.shape, partial(_write, part), read)
         return _Exchange(self, [output])
 
-    def barrier(self, opts: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def all_gather_single_coalesced(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, outputs: Sequence[Tensor], tensors: Sequence[Tensor], *opts: Any
+    ) -> Any:
+        """What functional collectives ask for: several all-gathers."""
+        for output, x in zip(outputs, tensors, strict=True):
+            self.all_gather_single(output, x, *opts).wait()
+        return _Exchange(self, outputs)
+
+    def reduce_scatter_single_coalesced(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, outputs: Sequence[Tensor], tensors: Sequence[Tensor], opts: Any = None
+    ) -> Any:
+        """What functional collectives ask for: several reduce-scatters."""
+        for output, x in zip(outputs, tensors, strict=True):
+            self.reduce_scatter_single(output, x, opts).wait()
+        return _Exchange(self, outputs)
+
+    def barrier(self, opts: Any = None, timeout: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What dist.barrier asks for."""
         self._begin(("barrier", "", 0, None, 0), torch.uint8, torch.Size([0]), _nothing, _nothing)
         return _Exchange(self, [])
@@ -312,19 +354,10 @@ class SharedMemory(dist.ProcessGroup):
         """The name that torch gave it."""
         return self._named
 
-    _allgather_base: Any = all_gather_single  # until torch 2.12
+    _allgather_base: Any = all_gather_single  # the names until torch 2.13
     _reduce_scatter_base: Any = reduce_scatter_single
-
-
-def _of_gloo(name: str) -> Callable[..., Any]:
-    def method(self: SharedMemory, *args: Any, **options: Any) -> Any:
-        return getattr(self._gloo, name)(*args, **options)  # pyright: ignore[reportPrivateUsage]
-
-    return method
-
-
-for _name in ("allgather", "broadcast", "reduce", "gather", "scatter", "alltoall", "alltoall_base", "send", "recv"):
-    setattr(SharedMemory, _name, _of_gloo(_name))
+    allgather_into_tensor_coalesced: Any = all_gather_single_coalesced
+    reduce_scatter_tensor_coalesced: Any = reduce_scatter_single_coalesced
 
 
 @dataclass(frozen=True)
@@ -336,8 +369,10 @@ class _Reduction:
 
     def into(self, result: Tensor, values: Sequence[Tensor], row: int | None = None) -> None:
         """Write into ``result`` what the ranks' values, or a row of each, amount to, in the order of the ranks."""
-        if row is not None:
-            values = [value[row] for value in values]
+        with _allowed(result):
+            self._into(result, values if row is None else [value[row] for value in values])
+
+    def _into(self, result: Tensor, values: Sequence[Tensor]) -> None:
         if len(values) == 1:
             result.copy_(values[0])
         elif result.dtype in _HALVES and len(values) > 2:  # rounded once, not after every rank
@@ -349,8 +384,6 @@ class _Reduction:
             self.combine(values[0], values[1], out=result)
             for value in values[2:]:
                 self.combine(result, value, out=result)
-        if self.name == "average":
-            result.div_(len(values))
 
 
 _REDUCTIONS: Sequence[tuple[Any, _Reduction]] = (
@@ -363,13 +396,25 @@ _REDUCTIONS: Sequence[tuple[Any, _Reduction]] = (
 
 def _reduction(opts: Any) -> _Reduction | None:
     """What the options of a collective ask for; None if gloo is to be asked."""
-    op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+    op = dist.ReduceOp.SUM if opts is None else getattr(opts, "reduceOp", opts)
     return next((found for known, found in _REDUCTIONS if op == known), None)
 
 
 def _is_ours(x: Tensor) -> bool:
-    """Whether a collective of x is done here. All ranks must say the same, so its layout does not count."""
-    return x.is_cpu and x.dtype in _DTYPES
+    """Whether a collective of x is done here. All ranks must say the same, so its strides do not count."""
+    return x.is_cpu and x.dtype in _DTYPES and x.layout is torch.strided
+
+
+def _check_sizes(kind: str, output: Tensor, x: Tensor, have: int, need: int) -> None:
+    if have != need or not output.is_contiguous():
+        raise ValueError(f"{kind}: a tensor of {list(x.shape)}, an output of {list(output.shape)} {output.stride()}")
+
+
+def _keep(memo: dict[K, V], key: K, value: V) -> V:
+    if len(memo) >= _KEPT:
+        memo.clear()
+    memo[key] = value
+    return value
 
 
 def _pieces(x: Tensor, room: int) -> Iterator[tuple[int, Tensor]]:
@@ -387,8 +432,15 @@ def _write(x: Tensor, slot: Tensor) -> None:
 
 
 def _copy_all(parts: Sequence[Tensor], slots: Sequence[Tensor]) -> None:
-    for part, slot in zip(parts, slots, strict=True):
-        part.copy_(slot)
+    with _allowed(parts[0]):
+        for part, slot in zip(parts, slots, strict=True):
+            part.copy_(slot)
+
+
+def _allowed(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where x may be overwritten."""
+    needed = x.is_inference() and not torch.is_inference_mode_enabled()
+    return torch.inference_mode() if needed else contextlib.nullcontext()
 
 
 def _nothing(_: object) -> None:

@@ -30,8 +30,8 @@ python -m benchmarks.compare --write-docs
 without a mask, embedding, head and cross-entropy cut along the vocabulary. Its outputs and all its gradients are tested
 against one device.
 
-All contenders of a workload live in one group of two processes with one thread each, on gloo, and run in turn: one
-sample of each per round, in random order. A figure is the median over the rounds of the ratio to the floor *in the
+All contenders of a workload live in the same two processes with one thread each, on gloo where they do not say
+otherwise, and run in turn: one sample of each per round, in random order. A figure is the median over the rounds of the ratio to the floor *in the
 same round*, with its quartiles; below 1 is faster than the floor. What else the machine does falls on all of them.
 *CPU* is the processor time of a rank, its communication threads included. Collectives, bytes (what a rank sends in a
 ring) and memory (the peak of live tensors within a step, with weights and AdamW's states) are read off torch's
@@ -139,8 +139,10 @@ def _where_better(every: Row, mode: str) -> Iterator[str]:
     for name, row in every.items():
         if name in OWN or "failed" in row or not row:
             continue
-        base = "tpcompile, shared memory" if (name, mode) in IN_SHARED_MEMORY else "tpcompile"
-        own = every.get(base, every["tpcompile"])
+        base = "tpcompile"
+        if (name, mode) in IN_SHARED_MEMORY and "collectives" in every.get("tpcompile, shared memory", {}):
+            base = "tpcompile, shared memory"
+        own = every[base]
         for kind, says in (("wall", "time"), ("cpu", "CPU")):
             found = ratios(every, name, base, kind)
             if found is not None and found[2] < 1:

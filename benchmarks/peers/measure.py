@@ -49,7 +49,8 @@ def collectives(events: Sequence[Any], ranks: int) -> Counts:
     """The collectives among a profile's events.
 
     The i-th request to torch.distributed is the i-th call of the backend, which alone is told sizes: gloo does a
-    reduce-scatter as an all-reduce, and it is counted as what was asked for. Raises ValueError if they do not pair up.
+    reduce-scatter as an all-reduce, and it is counted as what was asked for. The backend "shm" says both itself. Raises
+    ValueError if they do not pair up.
     """
     in_order = sorted(events, key=lambda event: event.start_ns())
     names = [event.name().removeprefix("c10d::") for event in in_order if event.name().startswith("c10d::")]
