@@ -2,8 +2,7 @@
 
 ``where`` is the parts of the group's members, or copy_segments' runs as its only item, or (); ``owned`` says that x may
 be overwritten. Eager runs plain c10d calls; what is traced (torch.compile, fake tensors) gets functional collectives.
-What torch renamed in 2.13 is named here and in ``shared_memory.py``.
-Tried on torch 2.11, 2.13 and 2.15.
+What torch renamed in 2.13 is named here and in ``shared_memory.py``. Tried on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -31,12 +31,12 @@ without a mask, embedding, head and cross-entropy cut along the vocabulary. Its 
 against one device.
 
 All contenders of a workload live in the same two processes with one thread each, on gloo where they do not say
-otherwise, and run in turn: one sample of each per round, in random order. A figure is the median over the rounds of the ratio to the floor *in the
-same round*, with its quartiles; below 1 is faster than the floor. What else the machine does falls on all of them.
-*CPU* is the processor time of a rank, its communication threads included. Collectives, bytes (what a rank sends in a
-ring) and memory (the peak of live tensors within a step, with weights and AdamW's states) are read off torch's
-profiler. Errors are relative to one device, in float32. In training only the loss is asked for: a contender that can
-leave the logits cut does.
+otherwise, and run in turn: one sample of each per round, in random order. A figure is the median over the rounds of
+the ratio to the floor *in the same round*, with its quartiles; below 1 is faster than the floor. What else the machine
+does falls on all of them. *CPU* is the processor time of a rank, its communication threads included. Collectives,
+bytes (what a rank sends in a ring) and memory (the peak of live tensors within a step, with weights and AdamW's
+states) are read off torch's profiler. Errors are relative to one device, in float32. In training only the loss is
+asked for: a contender that can leave the logits cut does.
 """
 
 
