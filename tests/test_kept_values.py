@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpcompile import collectives, kept_values
+from tpcompile import kept_values
 from tpcompile.capture import capture
 from tpcompile.kept_values import keep
 from tpcompile.layers import Functions
@@ -492,5 +492,5 @@ def is_transformed() -> bool:
 @pytest.mark.parametrize("check", [is_traced, is_transformed])
 def test_tracers_and_transforms_see_every_op(check: Callable[[], bool], monkeypatch: pytest.MonkeyPatch) -> None:
     assert check()
-    monkeypatch.setattr(collectives, "is_eager", lambda *tensors: True)
+    monkeypatch.setattr(kept_values, "is_eager", lambda *tensors: True)
     assert not check()
