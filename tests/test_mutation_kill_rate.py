@@ -78,8 +78,7 @@ PROGRAMS = [
     ("t5", 2),
 ]
 RIGHT: Mapping[str, Mapping[str, str]] = {
-    "phi3": {r"slice_8: argument 3 (whole again|one more)": "a slice that ends behind its dim ends with it"},
-    "llama_few_kv": {r"cut(_\d+)?: over tp0": "the repeats of a key head are copies of one another"},
+    "phi3": {r"slice_3: argument 3 (whole again|one more)": "a slice that ends behind its dim ends with it"},
     "gpt_neox": {r"once(_\d+)?: doubled": "what is zero on all ranks but the first stays so"},
     "falcon_mqa": {
         r"slice_4: argument 3 whole again": "-2 counts from the end, whatever the length",
@@ -87,6 +86,9 @@ RIGHT: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Mutants that compute the same, by program: a pattern of their names, and why no check can tell them apart."""
+
+FATAL = {"phi3": "slice_2: argument 2 whole again"}
+"""Mutants that end the process: without key heads, torch's fused attention on the CPU divides by their number."""
 
 
 def near(program: Program, mutant: Mutant, report: Report) -> bool:
@@ -114,7 +116,7 @@ def hunted(name: str, degree: int, most: int) -> tuple[Rate, list[str]]:
     case, program = zoo.case(name, layers=1), zoo.program(name, degree, layers=1)
     assert verify_program(program, case.model, case.inputs).ok
     rate, astray = Rate(), list[str]()
-    for mutant in sampled(list(mutants(program)), most):
+    for mutant in sampled([mutant for mutant in mutants(program) if str(mutant) != FATAL.get(name)], most):
         report = verify_program(mutant.program(program), case.model, case.inputs)
         reasons = [why for pattern, why in RIGHT.get(name, {}).items() if re.fullmatch(pattern, str(mutant))]
         assert report.ok == bool(reasons) or not reasons, f"{mutant} is caught: it is no longer right"
