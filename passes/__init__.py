@@ -6,6 +6,7 @@ from tpcompile.passes.axes import axes
 from tpcompile.passes.backward_all_reduces import backward_all_reduces
 from tpcompile.passes.canonicalize import canonicalize
 from tpcompile.passes.constants import constants
+from tpcompile.passes.cross_entropy import cross_entropy
 from tpcompile.passes.decompose import decompose
 from tpcompile.passes.emit import emit
 from tpcompile.passes.forward_all_reduces import forward_all_reduces
@@ -40,6 +41,7 @@ PIPELINE: tuple[Pass, ...] = (
     wide_reductions,  # if asked: sums over ranks in float32
     overlap,  # if asked: products in pieces, whose sums travel meanwhile
     in_place,  # all-reduces that may overwrite what they sum
+    cross_entropy,  # the statistics of cut logits as one node, which keeps one tensor of their size
     recompute,  # if asked: what is run again in backward instead of being kept
 )
 

@@ -20,8 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 import tpcompile
 from tpcompile import Spec, collectives, kernels
 from tpcompile import cross_entropy_sums as file
-from tpcompile.cross_entropy_sums import cross_entropy_sums, sum_together
+from tpcompile.cross_entropy_sums import cross_entropy_sums
 from tpcompile.module import bind
+from tpcompile.passes.cross_entropy import sum_together
 from tpcompile.program import Program
 from tpcompile.runs import Runs
 
@@ -197,20 +198,26 @@ def test_torch_compile_traces_the_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # ---------------------------------------------------------------------------------------------- finding it
-def bound(program: Program, rank: int) -> fx.Graph:
-    return bind(program, rank, {name: name for name in program.mesh.all_groups()})
+def found_in(program: Program, rank: int) -> list[tuple[Any, ...]]:
+    """What the pass has found, of one rank."""
+    return described(bind(program, rank, {name: name for name in program.mesh.all_groups()}))
+
+
+def described(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """What every call is given behind the tensors."""
+    found = [node for node in graph.nodes if node.target is cross_entropy_sums]
+    return [(node.args[2], node.args[3], *node.args[5:]) for node in found]
 
 
 def calls(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """What every call is given behind the tensors, after :func:`sum_together`."""
+    """:func:`described`, after :func:`sum_together`."""
     before = [node.target for node in graph.nodes]
     sum_together(graph)
     graph.lint()
-    found = [node for node in graph.nodes if node.target is cross_entropy_sums]
-    targets = [node.target for node in graph.nodes]
+    found, targets = described(graph), [node.target for node in graph.nodes]
     for part in (aten.exp.default, kernels.gather_part):
         assert targets.count(part) == before.count(part) - len(found)
-    return [(node.args[2], node.args[3], *node.args[5:]) for node in found]
+    return found
 
 
 def test_the_loss_of_a_language_model_is_found_once() -> None:
@@ -219,7 +226,7 @@ def test_the_loss_of_a_language_model_is_found_once() -> None:
     program = tpcompile.rewrite(model, degree=2, example_inputs=inputs, gather_logits=False)
     half = zoo.VOCABULARY // 2
     for rank in range(2):
-        assert calls(bound(program, rank)) == [(1, False, ((rank * half, half),), zoo.VOCABULARY)]
+        assert found_in(program, rank) == [(1, False, ((rank * half, half),), zoo.VOCABULARY)]
 
 
 @pytest.mark.parametrize(("options", "count"), [({}, 1), ({"reduction": "none"}, 1), ({"label_smoothing": 0.1}, 0)])
@@ -227,7 +234,7 @@ def test_it_is_not_found_where_all_shifted_logits_are_read(options: dict[str, ob
     program = tpcompile.rewrite(
         Loss(**options), Spec.parse("embed head vocab"), degree=2, example_inputs=(ids(0), ids(1))
     )
-    assert len(calls(bound(program, 1))) == count
+    assert len(found_in(program, 1)) == count
 
 
 Make = Callable[[fx.Graph, fx.Node, fx.Node], Any]

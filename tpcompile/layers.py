@@ -19,7 +19,6 @@ from torch import nn
 
 from tpcompile.bindings import bind_directly
 from tpcompile.column_products import call_together
-from tpcompile.cross_entropy_sums import sum_together
 from tpcompile.effects import is_random
 from tpcompile.inner import Inner, made_like, not_callable
 from tpcompile.recomputation import Region, folded, recompute
@@ -175,7 +174,6 @@ class Functions:
         In ``training`` products of one activation are made together, at the cost of holding them together.
         """
         graph = folded(graph, partial(self._recomputed, training))
-        sum_together(graph)
         if training:
             call_together(graph)
         _look_up_directly(graph)

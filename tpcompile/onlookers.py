@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 is_transformed: Callable[[], bool] = getattr(getattr(torch, "_C"), "_are_functorch_transforms_active")  # noqa: B009
 """Whether this runs inside of a transform of torch.func."""
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_PLAIN_OR_FAKE = _PLAIN | {FakeTensor}
 
 
 def is_traced(x: Tensor) -> bool:
@@ -21,9 +23,17 @@ def is_traced(x: Tensor) -> bool:
 
 def is_eager(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd looks on: no tracer, no tensor of another kind, no transform of torch.func."""
+    return _PLAIN.issuperset(map(type, tensors)) and _is_untransformed()
+
+
+def is_autograd_alone(*tensors: Tensor | None) -> bool:
+    """:func:`is_eager`, or the same on fake tensors: who measures a program there finds what eager keeps."""
+    return _PLAIN_OR_FAKE.issuperset(map(type, tensors)) and _is_untransformed()
+
+
+def _is_untransformed() -> bool:
     return (
-        _PLAIN.issuperset(map(type, tensors))
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
         and not is_transformed()
