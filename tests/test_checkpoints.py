@@ -28,8 +28,9 @@ import tpcompile
 from tpcompile import pieces, shards
 from tpcompile.checkpoints import INDEX
 from tpcompile.errors import TpcompileError
-from tpcompile.module import TensorParallel, _gathered
+from tpcompile.module import TensorParallel
 from tpcompile.pieces import Part, described, overlaps, read_part, uncut, write_parts
+from tpcompile.whole_state import gathered
 
 MODELS = ("gpt2", "llama_uneven", "falcon_mqa")  # packed and tied; 9 heads on 3 kv heads; k and v whole on every rank
 BITS: Mapping[torch.dtype, torch.dtype] = {torch.float64: torch.int64, torch.float32: torch.int32}
@@ -425,7 +426,7 @@ def everything(tp: TensorParallel, optimizer: torch.optim.Optimizer) -> dict[str
     found = weights(tp)
     for name, parameter in tp.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            whole = value if value.ndim == 0 else _gathered(tp, name, value)
+            whole = value if value.ndim == 0 else gathered(tp, name, value)
             found[f"{name}: {key}"] = whole.clone()
     return found
 

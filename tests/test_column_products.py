@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tpcompile import collectives
 from tpcompile.column_products import call_together, column_products
 from tpcompile.layers import Functions
-from tpcompile.module import bind
+from tpcompile.rank_code import bind
 
 aten = torch.ops.aten
 PRODUCTS: dict[str, Callable[..., Tensor]] = {

@@ -21,9 +21,9 @@ import tpcompile
 from tpcompile import Spec, collectives, kernels
 from tpcompile import cross_entropy_sums as file
 from tpcompile.cross_entropy_sums import cross_entropy_sums
-from tpcompile.module import bind
 from tpcompile.passes.cross_entropy import sum_together
 from tpcompile.program import Program
+from tpcompile.rank_code import bind
 from tpcompile.runs import Runs
 
 aten = torch.ops.aten

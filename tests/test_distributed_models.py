@@ -28,7 +28,8 @@ import tpcompile
 from tpcompile.compare import backward, gradient_errors, relative_error
 from tpcompile.errors import TpcompileError
 from tpcompile.layers import Functions
-from tpcompile.module import TensorParallel, bind
+from tpcompile.module import TensorParallel
+from tpcompile.rank_code import bind
 from tpcompile.spec import Spec
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -19,7 +19,7 @@ from tpcompile.capture import Captured, capture
 from tpcompile.errors import TpcompileError
 from tpcompile.inner import Inner
 from tpcompile.layers import Functions, Layer, call_layer, install, module_at, nest, repeated_layers, tensor_at
-from tpcompile.module import bind
+from tpcompile.rank_code import bind
 
 # Where the layers are.
 

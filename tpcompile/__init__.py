@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from tpcompile.equivalence import Report, verify
     from tpcompile.exporting import export
     from tpcompile.gradients import clip_grad_norm_, grad_norm
-    from tpcompile.module import TensorParallel, compile, full_gradients, full_state_dict
+    from tpcompile.module import TensorParallel, compile
     from tpcompile.pipeline import pipeline_stage
     from tpcompile.planner import plan
     from tpcompile.pretrained import from_pretrained
     from tpcompile.program import Program
     from tpcompile.report import Collective
     from tpcompile.spec import Spec
+    from tpcompile.whole_state import full_gradients, full_state_dict
 
 _HOMES = {
     "Collective": "tpcompile.report",
@@ -34,8 +35,8 @@ _HOMES = {
     "compile": "tpcompile.module",
     "export": "tpcompile.exporting",
     "from_pretrained": "tpcompile.pretrained",
-    "full_gradients": "tpcompile.module",
-    "full_state_dict": "tpcompile.module",
+    "full_gradients": "tpcompile.whole_state",
+    "full_state_dict": "tpcompile.whole_state",
     "grad_norm": "tpcompile.gradients",
     "load": "tpcompile.checkpoints",
     "pipeline_stage": "tpcompile.pipeline",

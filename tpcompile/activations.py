@@ -27,9 +27,9 @@ from tpcompile.errors import TpcompileError
 from tpcompile.groups import seated
 from tpcompile.layers import repeated_layers
 from tpcompile.layout import Layout, Mesh, Owned, axes_of, local_size, runs, size
-from tpcompile.module import bind
 from tpcompile.placement import Placement
 from tpcompile.program import Program, where
+from tpcompile.rank_code import bind
 from tpcompile.recomputation import Region
 from tpcompile.rules import op_name
 from tpcompile.simulate import Run, Simulation

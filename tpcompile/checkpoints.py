@@ -26,9 +26,10 @@ from torch import Tensor, nn, optim
 
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
 from tpcompile.layout import Layout, Leaf, Mesh, axes_of
-from tpcompile.module import TensorParallel, is_dtensor
+from tpcompile.module import TensorParallel
 from tpcompile.pieces import Part, described, dtype_name, read_part, sync, uncut, write_parts
 from tpcompile.together import all_do
+from tpcompile.whole_state import is_dtensor
 
 INDEX = "tpcompile.json"
 PARTS = re.compile(r"parts-[0-9a-f]{12}")

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tpcompile.errors import TpcompileError
 from tpcompile.groups import group_device
 from tpcompile.layout import Layout, Leaf, Mesh, Runs, axes_of, local_size, positions
-from tpcompile.module import TensorParallel, is_dtensor
+from tpcompile.module import TensorParallel
 from tpcompile.primitives import PRIMITIVES
 from tpcompile.runs import pick, run_length
+from tpcompile.whole_state import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile.errors import TpcompileError
 
@@ -36,6 +37,27 @@ def resolve_group(group: str | dist.ProcessGroup | None) -> dist.ProcessGroup:
         else 'start the program with torchrun, and call torch.distributed.init_process_group("gloo") first ("nccl" on '
         "GPUs); tpcompile.verify needs neither",
     )
+
+
+def group_of(mesh: DeviceMesh | None) -> dist.ProcessGroup:
+    """The ranks that a model is cut over: those of the mesh, of its dim ``tp``, or all."""
+    if mesh is None:
+        return resolve_group(None)
+    if not isinstance(mesh, DeviceMesh):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TpcompileError(  # pyright: ignore[reportUnreachable]
+            f"mesh must be a torch.distributed DeviceMesh or None, not {type(mesh).__name__}",
+            help='use init_device_mesh("cpu", (4,)), or one with a dim called "tp"',
+        )
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    names = mesh.mesh_dim_names or ()
+    if "tp" not in names:
+        raise TpcompileError(
+            f"the mesh has {mesh.ndim} dims {tuple(names)}, none of them called tp",
+            why="tensor parallelism runs over one dim",
+            help='pass mesh["NAME"] of the dim to use, or call that dim "tp"',
+        )
+    return mesh.get_group("tp")
 
 
 def group_device(group: dist.ProcessGroup) -> torch.device:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any, Unpack, cast
 
 import torch
@@ -20,28 +19,28 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile import shards
-from tpcompile.caches import Cut, cut_of, mark_cut, restores, taken_apart
+from tpcompile.caches import Cut, mark_cut, restores, taken_apart
 from tpcompile.capture import outside_autocast, set_apart
 from tpcompile.capture_check import check_capture
-from tpcompile.collectives import transition_of
 from tpcompile.compiler import Inputs, SpecLike, call_arguments, held_parts, rewrite
 from tpcompile.effects import is_random
-from tpcompile.errors import CaptureError, RuntimeMismatchError, ShardingError, TpcompileError
+from tpcompile.errors import CaptureError, ShardingError, TpcompileError
 from tpcompile.generation import generate, part_of
-from tpcompile.groups import group_device, resolve_group
+from tpcompile.groups import group_of
 from tpcompile.held import Held
 from tpcompile.kept_values import keep
-from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, install, module_at, read_outside, repeated_layers, tensor_at
-from tpcompile.layout import Layout, Mesh, axes_of
+from tpcompile.layout import Layout, axes_of
 from tpcompile.onlookers import is_transformed
-from tpcompile.per_rank import resolve
 from tpcompile.placement import Placement
 from tpcompile.program import Asked, Options, Program
-from tpcompile.same_calls import VARIABLE, check_same_call, is_due, setting
+from tpcompile.rank_code import bind, bind_groups
+from tpcompile.same_calls import check_same_call, is_due
+from tpcompile.same_ranks import check_same, check_same_generators, check_same_inputs, check_same_weights, layout_text
 from tpcompile.spec import Spec
 from tpcompile.traced_calls import Accepts, accepts
 from tpcompile.whole_gradients import watch
+from tpcompile.whole_state import is_dtensor
 
 Read = Callable[[str], torch.Tensor]
 """From the canonical name of a parameter to this rank's part of it, as a tensor of its own."""
@@ -99,7 +98,7 @@ def compile(
     program = rewrite(model, spec, degree=group.size(), example_inputs=given, **options)
     check_capture(program, model, *call_arguments(model, example_inputs))
     check_same(program, group)
-    _check_same_weights(model, group)
+    check_same_weights(model, group)
     assert program.spec is not None, "rewrite finds or plans one"
     module = TensorParallel(model, program, program.spec, group)
     forget_weights(program)
@@ -110,58 +109,6 @@ def call_arguments_as_inputs(model: nn.Module, example_inputs: Inputs) -> Inputs
     """The example inputs, or the model's defaults, as :func:`rewrite` takes them."""
     args, kwargs = call_arguments(model, example_inputs)
     return kwargs if not args else (args if not kwargs else example_inputs)
-
-
-def group_of(mesh: DeviceMesh | None) -> dist.ProcessGroup:
-    """The ranks that a model is cut over: those of the mesh, of its dim ``tp``, or all."""
-    if mesh is None:
-        return resolve_group(None)
-    if not isinstance(mesh, DeviceMesh):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TpcompileError(  # pyright: ignore[reportUnreachable]
-            f"mesh must be a torch.distributed DeviceMesh or None, not {type(mesh).__name__}",
-            help='use init_device_mesh("cpu", (4,)), or one with a dim called "tp"',
-        )
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    names = mesh.mesh_dim_names or ()
-    if "tp" not in names:
-        raise TpcompileError(
-            f"the mesh has {mesh.ndim} dims {tuple(names)}, none of them called tp",
-            why="tensor parallelism runs over one dim",
-            help='pass mesh["NAME"] of the dim to use, or call that dim "tp"',
-        )
-    return mesh.get_group("tp")
-
-
-def check_same(program: Program, group: dist.ProcessGroup) -> None:
-    """All ranks bring the same program, before the first of its collectives."""
-    parameters = "\n".join(
-        f"{n}: {tuple(p.shape)} {p.dtype} as {_layout_text(program.parameters.get(n, ()), program.mesh)}"
-        for n, p in program.captured.parameters.items()
-    )
-    described = f"{parameters}\n{program.options}\n{VARIABLE}: {setting()}\n{program.text()}"
-    check_same_program(f"{torch.__version__}\n{described}", group, described)
-
-
-def _layout_text(dims: Sequence[Layout], mesh: Mesh) -> str:
-    return mesh.named(f"[{', '.join(map(str, dims))}]")
-
-
-def _check_same_weights(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """All ranks bring the same weights: compared by a sample of every tensor, so the check costs next to nothing."""
-    samples: list[str] = []
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 1024)].double().cpu().contiguous()
-        samples.append(f"{name} {sha256(sample.numpy().tobytes()).hexdigest()[:16]}")
-    try:
-        check_same_program("\n".join(samples), group, "\n".join(samples))
-    except RuntimeMismatchError as error:
-        raise RuntimeMismatchError(
-            "ranks bring different weights",
-            why=(error.why or "").replace("of the program", "of the weights' fingerprints"),
-            help="load the same checkpoint on every rank, or call torch.manual_seed(same) before building the model",
-        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +160,7 @@ class TensorParallel(nn.Module):
         self._layers = repeated_layers(captured.module_classes)
         self._names = {n: c for n, c in captured.aliases.items() if c in captured.parameters}
         self._names |= {n: n for n in captured.parameters}
-        self._groups = _bind_groups(program.mesh, group)
+        self._groups = bind_groups(program.mesh, group)
         self._stage_group: dist.ProcessGroup | None = None  # the stages of a pipeline, if this is one of them
         self._variants: list[_Variant] = []
         self._called: list[_Variant] = []
@@ -411,7 +358,7 @@ class TensorParallel(nn.Module):
             if cut and (program.mesh, needed) != (self._mesh, held):
                 raise ShardingError(
                     f"this call needs {name} cut in another way than it is held",
-                    why=f"held as {_layout_text(held, self._mesh)}, needed as {_layout_text(needed, program.mesh)}: "
+                    why=f"held as {layout_text(held, self._mesh)}, needed as {layout_text(needed, program.mesh)}: "
                     "its graph ties the dims of parameters in another way than the one compiled first",
                     help="compile with the arguments, and in the mode (train or eval), of this call",
                 )
@@ -534,15 +481,7 @@ class TensorParallel(nn.Module):
         """Ranks must draw the same dropout masks: once, before the first of them (when traced: while tracing)."""
         if self._random_checked:
             return
-        state = sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
-        try:
-            check_same_program(state, self._group, state)
-        except RuntimeMismatchError as error:
-            raise RuntimeMismatchError(
-                "ranks are seeded differently, and the model draws random numbers (dropout)",
-                why="every rank draws the masks of the whole model, so that they are those of one device",
-                help="call torch.manual_seed(same) on every rank before the first step",
-            ) from error
+        check_same_generators(self._group)
         self._random_checked = True
 
     setattr(_check_generators, "_dynamo_marked_constant", True)  # noqa: B010 - assume_constant_result, without Dynamo
@@ -551,32 +490,6 @@ class TensorParallel(nn.Module):
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     x, y = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(x, y)
-
-
-def check_same_inputs(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
-    """All ranks were given the same tensors. Collective.
-
-    Raises:
-        RuntimeMismatchError: they were not, or not as many.
-    """
-    if any(type(x) is not torch.Tensor for x in tensors):  # fake, or of a tracer
-        return
-    described: list[str] = []
-    for i, tensor in enumerate(tensors):
-        if cut_of(tensor):  # every rank's own part
-            continue
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 65536)].cpu().clone(memory_format=torch.contiguous_format)
-        digest = sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-        described.append(f"tensor {i}: {list(tensor.shape)} {tensor.dtype} {digest}")
-    try:
-        check_same_program("\n".join(described), group, "\n".join(described))
-    except RuntimeMismatchError as error:
-        raise RuntimeMismatchError(
-            "ranks were given different inputs",
-            why=(error.why or "").replace("of the program", "of the inputs' fingerprints"),
-            help="every rank of tensor parallelism runs the same batch: do not divide the data over these ranks",
-        ) from error
 
 
 def rewrite_call(
@@ -639,91 +552,4 @@ def _skeleton(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _bind_groups(mesh: Mesh, group: dist.ProcessGroup) -> dict[str, str]:
-    """c10d names of the groups that a program may use; the smaller ones of a factored degree are made here."""
-    ranks = dist.get_process_group_ranks(group)
-    mine = dist.get_rank(group)
-    found: dict[str, str] = {}
-    for name, groups in mesh.all_groups().items():
-        members = next(g for g in groups if mine in g)
-        if len(members) == mesh.degree:
-            found[name] = group.group_name
-        else:
-            made = dist.new_group([ranks[m] for m in members], use_local_synchronization=True)
-            found[name] = cast("dist.ProcessGroup", made).group_name
-    return found
-
-
-def bind(
-    program: Program, rank: int, groups: Mapping[str, str], renamed: Mapping[str, str] | None = None
-) -> torch.fx.Graph:
-    """The program's graph for one rank: per-rank values picked, groups by their c10d names, attributes by new ones."""
-    graph = torch.fx.Graph()
-    env: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in program.graph.nodes:
-        made = env[node] = graph.node_copy(node, lambda n: env[n])
-        made.args = cast("tuple[Any, ...]", resolve(made.args, rank))
-        made.kwargs = cast("dict[str, Any]", resolve(made.kwargs, rank))
-        if node.op == "get_attr" and renamed:
-            made.target = renamed.get(str(node.target), str(node.target))
-        if transition_of(node.target) is not None:
-            made.args = tuple(groups[a] if isinstance(a, str) else a for a in made.args)
-            made.kwargs = {k: groups[a] if k == "group" else a for k, a in made.kwargs.items()}
-    return graph
-
-
-# ------------------------------------------------------------------------------------------------ gathering
-def full_state_dict(module: TensorParallel) -> dict[str, torch.Tensor]:
-    """The state dict of the original model, on every rank: original names (ties included) and shapes. Collective."""
-    found: dict[str, torch.Tensor] = {}
-    local = module.state_dict(keep_vars=True)
-    done: dict[str, torch.Tensor] = {}
-    for name, tensor in local.items():
-        canonical = module._names.get(name, name)  # pyright: ignore[reportPrivateUsage]
-        if canonical not in done:
-            done[canonical] = _gathered(module, canonical, tensor.detach())
-        found[name] = done[canonical]
-    return found
-
-
-def full_gradients(module: TensorParallel) -> dict[str, torch.Tensor]:
-    """Whole gradients by original name, on every rank; parameters without a gradient are left out. Collective."""
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in _canonical_parameters(module):
-        if parameter.grad is not None:
-            found[name] = _gathered(module, name, parameter.grad.detach())
-    return found
-
-
-def _canonical_parameters(module: TensorParallel) -> Iterator[tuple[str, nn.Parameter]]:
-    seen: set[str] = set()
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        canonical = module._names.get(name, name)  # pyright: ignore[reportPrivateUsage]
-        if canonical not in seen:
-            seen.add(canonical)
-            yield canonical, parameter
-
-
-def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether it is divided by ``fully_shard``; what is not one needs no import of DTensor to tell."""
-    return hasattr(tensor, "full_tensor")
-
-
-def _gathered(module: TensorParallel, name: str, part: torch.Tensor) -> torch.Tensor:
-    part = cast("Any", part).full_tensor() if is_dtensor(part) else part
-    dims = module._layouts.get(name, ())  # pyright: ignore[reportPrivateUsage]
-    mesh, group = module._mesh, module._group  # pyright: ignore[reportPrivateUsage]
-    if not any(axes_of(d) for d in dims):
-        return part.clone()
-    shapes = [shards.shape(dims, mesh, r) for r in range(mesh.degree)]
-    longest = max(torch.Size(s).numel() for s in shapes)
-    device = group_device(group)
-    mine = torch.zeros(longest, dtype=part.dtype, device=device)
-    mine[: part.numel()] = part.reshape(-1).to(device)
-    every = [torch.empty_like(mine) for _ in shapes]
-    dist.all_gather(every, mine, group=group)
-    parts = [x[: torch.Size(s).numel()].view(s) for x, s in zip(every, shapes, strict=True)]
-    return shards.join(parts, dims, mesh).to(part.device)
-
-
-__all__ = ["TensorParallel", "compile", "full_gradients", "full_state_dict"]
+__all__ = ["TensorParallel", "compile"]

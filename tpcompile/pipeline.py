@@ -23,8 +23,10 @@ from tpcompile.errors import CaptureError, RuntimeMismatchError, TpcompileError
 from tpcompile.held import Held
 from tpcompile.launch import check_same_program
 from tpcompile.layers import Functions, install, module_at, read_outside
-from tpcompile.module import TensorParallel, bind, is_dtensor
+from tpcompile.module import TensorParallel
 from tpcompile.program import where
+from tpcompile.rank_code import bind
+from tpcompile.whole_state import is_dtensor
 
 Stages = Mapping[torch.fx.Node, int]
 """The stage of every node that belongs to one; the others depend on inputs and buffers alone, and are anywhere."""

@@ -27,12 +27,13 @@ from tpcompile.checkpoint_sources import Sources, keys_pattern, sources_of
 from tpcompile.compiler import Inputs, SpecLike, rewrite
 from tpcompile.errors import RuntimeMismatchError, TpcompileError
 from tpcompile.gguf_files import GgufFile
-from tpcompile.groups import group_device
+from tpcompile.groups import group_device, group_of
 from tpcompile.huggingface import without_weights
 from tpcompile.launch import check_same_program
 from tpcompile.layout import Layout, Mesh, Runs, axes_of, runs
-from tpcompile.module import Read, TensorParallel, call_arguments_as_inputs, check_same, forget_weights, group_of
+from tpcompile.module import Read, TensorParallel, call_arguments_as_inputs, forget_weights
 from tpcompile.program import Asked, Program
+from tpcompile.same_ranks import check_same
 
 Progress = Callable[[int, int], None]
 """Told the bytes of this rank's parameters that are loaded, and of all of them."""

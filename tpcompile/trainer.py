@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 
 from tpcompile.errors import TpcompileError
 from tpcompile.gradients import clip_grad_norm_
-from tpcompile.module import TensorParallel, check_same_inputs, full_state_dict
+from tpcompile.module import TensorParallel
+from tpcompile.same_ranks import check_same_inputs
+from tpcompile.whole_state import full_state_dict
 
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers of the Trainer that treat every element alone: those of a part are those of the whole."""
