@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 
 import tpcompile
 from tpcompile import cli, display
+from tpcompile.cli.answers import Answer, respond
+from tpcompile.cli.arguments import example_inputs
 from tpcompile.errors import ShardingError, TpcompileError, Where
 from tpcompile.rehearsal import Rehearsed, backward, gradient_errors, rehearse
 
@@ -325,8 +327,8 @@ def test_an_answer_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatc
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cli, "print_json", full)
-    monkeypatch.setattr(cli, "write", full)
+    monkeypatch.setattr("tpcompile.cli.answers.print_json", full)
+    monkeypatch.setattr("tpcompile.cli.answers.write", full)
     result = call("verify", "m.py:f", *(["--json"] if json_asked else []))
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-2:] == [
@@ -404,22 +406,22 @@ def test_inputs_are_all_by_position_or_all_by_name():
         def forward(self, x, mask=None, *, scale=1.0): ...
 
     loaded = SimpleNamespace(model=Model(), args=(1, 2), kwargs={})
-    assert cli.example_inputs(loaded) == (1, 2)
+    assert example_inputs(loaded) == (1, 2)
     loaded = SimpleNamespace(model=Model(), args=(1,), kwargs={"scale": 2.0})
-    assert cli.example_inputs(loaded) == {"x": 1, "scale": 2.0}
+    assert example_inputs(loaded) == {"x": 1, "scale": 2.0}
 
 
 def test_an_interrupt_is_not_a_failed_check():
-    def interrupted() -> cli.Answer:
+    def interrupted() -> Answer:
         raise KeyboardInterrupt
 
     with pytest.raises(typer.Exit) as stopped:
-        cli.respond(interrupted, json=False, traceback=False)
+        respond(interrupted, json=False, traceback=False)
     assert stopped.value.exit_code == 130
 
 
 def test_help_does_not_wait_for_torch():
     check = "import sys, tpcompile.cli; sys.exit(sorted({'torch', 'transformers', 'sympy'} & set(sys.modules)) or 0)"
-    root = Path(cli.__file__).parents[1]
+    root = Path(tpcompile.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -43,8 +43,8 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tree_files() -> set[str]:
     """Every file that belongs in the wheel, by its path in the wheel."""
-    folders = {"": "tpcompile", "/machines": "tpcompile/machines", "/passes": "passes", "/specs": "specs"}
-    places = {f"tpcompile{inside}": ROOT / folder for inside, folder in folders.items()}
+    places = {f"tpcompile/{inner}": ROOT / "tpcompile" / inner for inner in ("cli", "machines", "passes", "specs")}
+    places["tpcompile"] = ROOT / "tpcompile"
     kept = {".py", ".lark", ".toml", ".tpspec", ".typed"}
     return {
         f"{package}/{file.name}"

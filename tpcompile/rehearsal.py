@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 
 import tpcompile
-from tpcompile.cli import example_inputs, load
+from tpcompile.cli.arguments import example_inputs, load
 from tpcompile.compare import backward, gradient_errors, relative_error
 from tpcompile.groups import group_device, resolve_group
 from tpcompile.program import Asked
