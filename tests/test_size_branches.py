@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tpcompile
+from tpcompile import Spec
 from tpcompile.capture import capture
 from tpcompile.errors import CaptureError
 
@@ -35,6 +37,11 @@ BRANCHES: dict[str, Callable[[Tensor], Tensor]] = {
     "nothing": lambda x: torch.ones(3) if x.shape[0] == 0 else x,
     "numel": lambda x: torch.ones(3) if x.numel() == 0 else x,
     "in": lambda x: torch.ones(3) if 0 in x.shape else x,
+    "squeeze": lambda x: x.squeeze(1) * 2,
+    "squeeze in place": lambda x: (x * 2).squeeze_(1),
+    "squeeze of several": lambda x: x.squeeze((0, -1)),
+    "squeeze of all": lambda x: torch.squeeze(x[:, :, :1]),
+    "squeeze of none, and of a sum of sizes": lambda x: torch.cat([x, x[:, 1:]], 1).squeeze(1).sum().squeeze(0),
     "the layout": lambda x: x * 2 if x.transpose(0, 1).is_contiguous() else x,
 }
 
@@ -64,6 +71,29 @@ def test_a_size_at_which_another_branch_is_taken_is_refused(name: str) -> None:
     taken = covered(BRANCHES[name])
     assert (2, 3, 4) in taken
     assert taken < set(SHAPES)
+
+
+class Squeezed(nn.Module):
+    """Between two products, where ranks hold parts of the last dim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu().squeeze(1))
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_ranks_squeeze_what_one_device_does(length: int) -> None:
+    """Each graph takes the sizes at which the same dims are squeezed; ranks name these dims."""
+    model = Squeezed().double()
+    x = torch.randn(2, length, 4, dtype=torch.float64)
+    assert tpcompile.verify(model, Spec.parse("up column\ndown row"), degree=2, example_inputs=(x,)).ok
+    captured = capture(model, (x,))
+    assert captured.flatten((torch.randn(5, length, 4, dtype=torch.float64),))
+    with pytest.raises(CaptureError, match=r"shape\[1\]|size 3"):
+        captured.flatten((torch.randn(2, 4 - length, 4, dtype=torch.float64),))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ from tpcompile.dynamic_sizes import ASKED, Role, SizeEnv, is_image, resized, rol
 from tpcompile.errors import CaptureError, TpcompileError, Where
 from tpcompile.forward_state import generators, refuse_memory, state_of
 from tpcompile.size_branches import Guard, branch_guards, calls_of, same_calls
-from tpcompile.source_lines import forward_of, location_of, pick, raised_at
+from tpcompile.source_lines import forward_of, location_of, pick, raised_at, source
 from tpcompile.untouched import (
     Memos,
     as_buffers,
@@ -103,7 +103,19 @@ class Trace:
     def conditions(self) -> list[Guard]:
         """What the tracer assumed of sizes of inputs."""
         known = self.dims().keys()
-        return [Guard(g.expr, location_of(g.sloc)) for g in self.env.guards if g.expr.free_symbols <= known]
+        assumed = [Guard(g.expr, location_of(g.sloc)) for g in self.env.guards]
+        return [guard for guard in (*assumed, *self._not_squeezed()) if guard.condition.free_symbols <= known]
+
+    def _not_squeezed(self) -> Iterator[Guard]:
+        """``squeeze`` drops a dim of one position, and keeps one of several: then the ops behind it mean other dims."""
+        for node in self.program.graph.nodes:
+            if node.op != "call_function" or not str(node.target).startswith(("aten.squeeze.", "aten.squeeze_.")):
+                continue
+            shape = node.args[0].meta["val"].shape
+            dims = node.args[1] if len(node.args) > 1 else range(len(shape))
+            for dim in (dims if isinstance(dims, Sequence) else [dims]) if shape else []:
+                if isinstance(shape[dim], torch.SymInt):
+                    yield Guard(sympy.Ne(shape[dim].node.expr, 1), source(node), branch=True)
 
     def covers(self, examples: Sequence[torch.Tensor]) -> bool:
         """Whether the trace is valid for inputs of these sizes; it may have been made with others."""
