@@ -89,6 +89,17 @@ def _broadcast(site: Site) -> torch.fx.Node:
     return site.emit(aten.expand.default, site.arg("self"), site.arg("size"))
 
 
+def _shaped_like(site: Site) -> torch.fx.Node:
+    """``view_as``, ``reshape_as``: the sizes of another tensor, written out."""
+    target = aten.view.default if op_name(site.node) == "aten.view_as.default" else aten.reshape.default
+    return site.emit(target, site.arg("self"), _sizes(site, site.arg("other")))
+
+
+def _sizes(site: Site, x: torch.fx.Node) -> list[int | torch.fx.Node]:
+    shape = x.meta["val"].shape
+    return [n if isinstance(n, int) else site.emit(aten.sym_size.int, x, d) for d, n in enumerate(shape)]
+
+
 def _same_shape(site: Site) -> torch.fx.Node | None:
     operand = site.node.args[0]
     assert isinstance(operand, torch.fx.Node)
@@ -211,9 +222,7 @@ def _attention(site: Site) -> torch.fx.Node | None:
 
 def _repeated(site: Site, x: torch.fx.Node, heads: int, to: int) -> torch.fx.Node:
     """Each of ``heads`` heads as often as ``to`` need, ``[..., to, s, d]``: a view first, cut by heads as they are."""
-    shape = x.meta["val"].shape
-    sizes = [n if isinstance(n, int) else site.emit(aten.sym_size.int, x, d) for d, n in enumerate(shape)]
-    batch, (length, width) = sizes[:-3], sizes[-2:]
+    *batch, _, length, width = _sizes(site, x)
     each = site.emit(aten.unsqueeze.default, x, len(batch) + 1)
     every = site.emit(aten.expand.default, each, [*batch, heads, to // heads, length, width])
     return site.emit(aten.reshape.default, every, [*batch, to, length, width])
@@ -231,6 +240,7 @@ REWRITES: dict[str, Rewrite] = {
     "aten.slice.Tensor": _slice,
     "aten.expand.default": _same_shape,
     "aten.broadcast_to.default": _broadcast,
+    **{f"aten.{name}.default": _shaped_like for name in ("view_as", "reshape_as")},
     "aten.to.dtype": _cast,
     "aten.to.dtype_layout": _cast,
     "aten.to.device": _cast,
