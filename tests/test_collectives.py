@@ -256,6 +256,7 @@ def other_answers() -> dict[str, Any]:
     with torch.no_grad():
         dead = torch.ones(2)
         found["in place"] = collectives.all_reduce(dead, world(), inplace=True) is dead
+        found["complex"] = collectives.all_reduce(torch.tensor([1 + 2j, rank * 1j]), world(), inplace=True).tolist()
         found["strided"] = collectives.all_reduce(torch.ones(3, 8)[:, :4], world(), inplace=True).tolist()
     x = torch.ones(2, requires_grad=True)
     y = collectives.all_reduce(collectives.copy(x, world()) * (rank + 1), world(), inplace=True)
@@ -378,6 +379,7 @@ def test_in_place_only_where_autograd_allows_it(pair: list[dict[str, Any]]) -> N
     for rank in pair:
         assert rank["other"]["not in place"] == [[1.0, 1.0], [1.0] * 4, [[2.0, 2.0], [2.0, 2.0]]]
         assert rank["other"]["in place"] is True
+        assert rank["other"]["complex"] == [2 + 4j, 1j]
         assert rank["other"]["strided"] == [[2.0] * 4] * 3
         assert rank["other"]["in place, differentiated twice"] == [[3.0] * 2, [18.0] * 2, [648.0] * 2]
         assert "modified by an inplace operation" in rank["other"]["overwritten"]

@@ -42,6 +42,27 @@ all_gather_single = _renamed("all_gather_single", "all_gather_into_tensor")  # s
 reduce_scatter_single = _renamed("reduce_scatter_single", "reduce_scatter_tensor")
 
 
+def all_reduce(x: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
+    """The sum over ``group``, written over x: ``dist.all_reduce`` without what it does before it asks the group.
+
+    That (a log, a look for overrides and for groups of calls) takes longer than a small product.
+    """
+    x = torch.view_as_real(x) if x.is_complex() else x
+    work = cast("Any", group).allreduce([x], _LATER if async_op else _AT_ONCE)
+    if async_op or work is None:  # some backends wait themselves
+        return work
+    return work.wait()
+
+
+def _options(async_op: bool) -> Any:
+    options = dist.AllreduceOptions()
+    options.asyncOp = async_op
+    return options
+
+
+_AT_ONCE, _LATER = _options(False), _options(True)
+
+
 def _identity(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> Tensor:
     return x
 
@@ -61,7 +82,7 @@ def _all_reduce(x: Tensor, dim: int, where: Where, group: str, owned: bool) -> T
     # gloo sums a strided tensor's storage and gets it silently wrong
     y = x if owned and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
     if y.numel():
-        issue(dist.all_reduce, y, group=members)
+        issue(all_reduce, y, group=members)
     return y
 
 
@@ -199,7 +220,7 @@ def start(primitive: str, x: Tensor, dim: int, where: Where, group: str) -> Call
     if size == 1 or not x.numel():
         return None
     if primitive == "all_reduce":
-        return begin(x, dist.all_reduce, x, group=members)
+        return begin(x, all_reduce, x, group=members)
     parts = parts_of(where, size)
     if len({run_length(runs) for runs in parts}) > 1:
         return None
