@@ -189,6 +189,7 @@ def alone(degree: int, mode: str) -> Mapping[str, Any]:
         return process.submit(one_rank.rank, tiny("llama"), degree, mode, contenders, 2, "float32").result()
 
 
+@pytest.mark.slow
 def test_one_rank_alone_is_timed_beside_its_roofline() -> None:
     two, one = alone(2, "training"), alone(1, "inference")
     for found in (two, one):

@@ -387,6 +387,7 @@ def spread_step() -> tuple[float, float, float]:
     return float((again - logits).abs().max()), gradients, other
 
 
+@pytest.mark.slow
 def test_one_graph_with_sequence_parallelism_and_recomputation() -> None:
     for found in run(spread_step, 2):
         assert max(found) < 1e-12
